@@ -1,0 +1,1 @@
+"""What the rn50 scripts, tools and tests share. Importing it runs nothing."""
