@@ -1,0 +1,237 @@
+"""Where images come from: the samples of one split in a fixed order, and their bytes as upright RGB."""
+
+import ctypes
+import glob
+import hashlib
+import importlib.util
+import io
+import os
+import threading
+import warnings
+
+import numpy as np
+from PIL import Image
+
+from rn50.errors import RunError
+
+EXTENSIONS = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
+
+IMAGENETTE_NAMES = {
+    "n01440764": "tench",
+    "n02102040": "English springer",
+    "n02979186": "cassette player",
+    "n03000684": "chain saw",
+    "n03028079": "church",
+    "n03394916": "French horn",
+    "n03417042": "garbage truck",
+    "n03425413": "gas pump",
+    "n03445777": "golf ball",
+    "n03888257": "parachute",
+}
+
+
+def open_source(directory, split):
+    """The source of `split` ("train", "val") under `directory`; RunError where there is none."""
+    return ImageFolderSource(directory, split)
+
+
+class ImageFolderSource:
+    """`root/split/<class>/<image>`, sorted by class and then by file name; labels are positions in that sorting.
+
+    Every source has `kind`, `classes` (a list of {wnid, name} in label order), `ignored` (files left out because
+    they are no images), `len()`, `item(i) -> (id, label)`, `read(i) -> bytes` and `digest()`, and can be pickled.
+    An id names the sample within the split on every machine.
+    """
+
+    kind = "imagefolder"
+
+    def __init__(self, root, split):
+        self.folder = os.path.join(str(root), split)
+        class_names, self.ignored = _class_folders(self.folder)
+        names, counts = [], []
+        for class_name in class_names:
+            files = self._images(class_name)
+            if not files:
+                raise RunError(f"{os.path.join(self.folder, class_name)} holds no images; fill or remove it")
+            names += files
+            counts.append(len(files))
+        self.classes = [{"wnid": name, "name": IMAGENETTE_NAMES.get(name, name)} for name in class_names]
+        self._first = np.concatenate([[0], np.cumsum(counts)])
+        # A million Python strings take 100 MB in every worker and seconds to unpickle; one byte string takes 25 MB.
+        encoded = [os.fsencode(name) for name in names]
+        self._names = b"".join(encoded)
+        self._ends = np.cumsum([0] + [len(name) for name in encoded])
+
+    def _images(self, class_name):
+        files = []
+        try:
+            with os.scandir(os.path.join(self.folder, class_name)) as entries:
+                for entry in entries:
+                    is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not entry.name.startswith(".")
+                    if is_image and entry.is_file():
+                        files.append(entry.name)
+                    else:
+                        self.ignored += 1
+        except OSError as error:
+            raise RunError(f"cannot read {error.filename}: {error.strerror}") from None
+        return sorted(files)
+
+    def __len__(self):
+        return len(self._ends) - 1
+
+    def item(self, i):
+        """(id, label) of sample `i`; the id is `<class>/<file name>`."""
+        label = int(np.searchsorted(self._first, i, side="right")) - 1
+        name = os.fsdecode(self._names[self._ends[i] : self._ends[i + 1]])
+        return f"{self.classes[label]['wnid']}/{name}", label
+
+    def read(self, i):
+        """The file's bytes; OSError where it cannot be read."""
+        with open(self.path(i), "rb") as handle:
+            return handle.read()
+
+    def path(self, i):
+        """What to show a person who must look at sample `i`."""
+        return os.path.join(self.folder, self.item(i)[0])
+
+    def digest(self):
+        """sha256 over names, not contents: replacing one bad file must not throw away a half-written conversion."""
+        listing = hashlib.sha256("\0".join(c["wnid"] for c in self.classes).encode(errors="surrogateescape"))
+        for part in (self._first.tobytes(), self._names, self._ends.tobytes()):
+            listing.update(part)
+        return listing.hexdigest()
+
+
+def _class_folders(folder):
+    try:
+        with os.scandir(folder) as entries:
+            listed = [(entry.name, entry.is_dir()) for entry in entries]
+    except OSError as error:
+        raise RunError(
+            f"cannot read {folder}: {error.strerror}; expected {folder}/<class>/<image>, one folder a class"
+        ) from None
+    names = sorted(name for name, is_folder in listed if is_folder and not name.startswith("."))
+    if not names:
+        raise RunError(f"{folder} holds no class folders; expected {folder}/<class>/<image>, one folder a class")
+    return names, len(listed) - len(names)
+
+
+def decode_image(data):
+    """Encoded bytes -> upright RGB, uint8 (height, width, 3). ValueError says what is wrong with corrupt bytes.
+
+    Ordinary JPEG goes through libjpeg-turbo (pixel-identical to OpenCV and PIL, and unlike them it reports damage);
+    CMYK, other formats and pictures with EXIF data go through PIL. Transparency is dropped, as torchvision does.
+    """
+    if data[:2] == b"\xff\xd8" and b"Exif\0\0" not in data:
+        rgb = decode_jpeg(data)
+        if rgb is not None:
+            return rgb
+    return _decode_with_pil(data)
+
+
+def _decode_with_pil(data):
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            picture = Image.open(io.BytesIO(data))
+            rgb = None
+            if picture.format == "JPEG":
+                rgb = decode_jpeg(data)  # PIL was asked for the orientation alone
+            if rgb is None:
+                picture.load()
+                rgb = _to_rgb(picture)
+            return np.ascontiguousarray(_upright(rgb, _orientation(picture)))
+    except (ValueError, RunError):
+        raise
+    except Exception as error:  # PIL's plugins raise whatever their parsers run into
+        raise ValueError(str(error) or type(error).__name__) from None
+
+
+def _orientation(picture):
+    try:
+        return picture.getexif().get(0x0112, 1)
+    except Exception:  # damaged EXIF data is common and says nothing about the pixels
+        return 1
+
+
+def _upright(rgb, orientation):
+    """Undo EXIF's eight orientations: the first four keep width and height, the others swap them."""
+    if orientation in (5, 6, 7, 8):
+        rgb = rgb.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        rgb = rgb[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        rgb = rgb[::-1]
+    return rgb
+
+
+def _to_rgb(picture):
+    if picture.mode.startswith("I"):
+        # PIL clips 16 bits at 255, which turns most of a 16-bit picture white.
+        gray = (np.asarray(picture).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
+        return np.repeat(gray[:, :, None], 3, axis=2)
+    if picture.mode == "F":
+        raise ValueError("floating-point pixels have no defined brightness; convert the picture to 8 bits")
+    if picture.mode in ("P", "PA", "LA"):
+        picture = picture.convert("RGBA")
+    return np.asarray(picture.convert("RGB"))
+
+
+_turbojpeg_lock = threading.Lock()
+_turbojpeg_library = None
+_per_thread = threading.local()
+_CMYK_COLORSPACES = (3, 4)  # TJCS_CMYK, TJCS_YCCK
+_PIXEL_FORMAT_RGB = 0
+
+
+def decode_jpeg(data, *, strict=False):
+    """JPEG bytes -> RGB, uint8 (height, width, 3); None for CMYK, which libjpeg-turbo cannot convert.
+
+    ValueError for damaged data. Stray bytes between scans are common in the wild and leave most pictures whole, so
+    only `strict` counts them as damage.
+    """
+    library, handle = _turbojpeg()
+    width, height, subsampling, colorspace = (ctypes.c_int() for _ in range(4))
+    fields = [ctypes.byref(field) for field in (width, height, subsampling, colorspace)]
+    if library.tjDecompressHeader3(handle, data, len(data), *fields):
+        raise ValueError(library.tjGetErrorStr2(handle).decode(errors="replace"))
+    if colorspace.value in _CMYK_COLORSPACES:
+        return None
+    if width.value * height.value > 2 * Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"{width.value}x{height.value} pixels are more than any picture has")  # PIL's limit
+    rgb = np.empty((height.value, width.value, 3), np.uint8)
+    if library.tjDecompress2(
+        handle, data, len(data), rgb.ctypes.data, width.value, 0, height.value, _PIXEL_FORMAT_RGB, 0
+    ):
+        problem = library.tjGetErrorStr2(handle).decode(errors="replace")
+        if strict or "extraneous bytes" not in problem:
+            raise ValueError(problem)
+    return rgb
+
+
+def _turbojpeg():
+    """The library that ffcv was built against, and this thread's decompressor.
+
+    Loaded from ffcv's extension without importing ffcv, which would bring torch and numba (seconds, in every worker).
+    """
+    global _turbojpeg_library
+    if not hasattr(_per_thread, "handle"):
+        with _turbojpeg_lock:
+            if _turbojpeg_library is None:
+                _turbojpeg_library = _load_turbojpeg()
+        _per_thread.handle = _turbojpeg_library.tjInitDecompress()
+    return _turbojpeg_library, _per_thread.handle
+
+
+def _load_turbojpeg():
+    spec = importlib.util.find_spec("ffcv")
+    found = glob.glob(os.path.join(spec.submodule_search_locations[0], "_libffcv*.so")) if spec else []
+    if not found:
+        raise RunError("ffcv is not installed; install it as the README says")
+    library = ctypes.CDLL(found[0])
+    integer, pointer, length = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong
+    library.tjInitDecompress.restype = pointer
+    library.tjGetErrorStr2.argtypes, library.tjGetErrorStr2.restype = [pointer], ctypes.c_char_p
+    library.tjDecompressHeader3.argtypes = [pointer, ctypes.c_char_p, length] + [pointer] * 4
+    library.tjDecompress2.argtypes = [pointer, ctypes.c_char_p, length, pointer] + [integer] * 5
+    return library

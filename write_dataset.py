@@ -1,0 +1,380 @@
+"""Image folders -> one or more .beton files: python write_dataset.py --source.dir=TREE --out.dir=DIR
+
+TREE/train and TREE/val become DIR/train_400.beton, DIR/val_400.beton and so on, one file for each maximum side
+length in out.resolutions, with a manifest (.json) beside each. Each image is read and decoded once for the whole
+ladder. The files depend on the images and the settings alone, not on the number of workers or on interruptions:
+run the same command again to continue.
+"""
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import closing
+from multiprocessing.connection import wait
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+from fastargs import Param, Section
+from tqdm import tqdm
+
+from rn50 import beton, config
+from rn50.errors import RunError, UsageError, run
+from rn50.sources import decode_image, open_source
+
+Section("source", "the images").params(
+    dir=Param(config.text(), "folder with train/<class>/<image> and val/<class>/<image>", required=True),
+    splits=Param(config.text(), "splits to convert, comma-separated", default="train,val"),
+    subset=Param(config.whole(0), "only the first so many of the shuffled images of each split; 0: all", default=0),
+    skip_corrupt=Param(config.switch(), "leave out and list images that cannot be decoded", default=False),
+)
+Section("out", "the .beton files").params(
+    dir=Param(config.text(), "folder to write to", required=True),
+    resolutions=Param(config.numbers(config.whole(16, 4096)), "maximum side lengths, one file each", default="400"),
+    quality=Param(config.whole(1, 100), "JPEG quality", default=90),
+    raw_share=Param(config.number(0, 1), "share of images stored as pixels: faster to load, 7-10x larger", default=0),
+    workers=Param(config.whole(0), "processes; 0: one for each core", default=0),
+    seed=Param(config.whole(0), "of the shuffled write order", default=0),
+)
+
+PREFLIGHT_IMAGES = 100
+CHUNK = 16  # images a worker takes at a time
+HELD_BYTES = 256 << 20  # finished images that may wait in the parent for a slower one before them
+COMMIT_SECONDS = 1.0
+
+
+def main():
+    cfg = config.load("Convert image folders to .beton files, several sizes in one pass.")
+    signal.signal(signal.SIGTERM, _stop)
+    jobs = [job for split in _splits(cfg) if (job := plan(cfg, split))]
+    if not jobs:
+        return
+    workers = cfg.out.workers or len(os.sched_getaffinity(0))
+    preflight(jobs, cfg.out.dir, workers)
+    for job in jobs:
+        convert(job, workers=workers, skip_corrupt=cfg.source.skip_corrupt)
+
+
+def plan(cfg, split):
+    """What must be written for one split, or None when all of it is there. RunError when it can't be."""
+    source = open_source(cfg.source.dir, split)
+    _same_classes(cfg.source.dir, split, source)
+    order = np.random.default_rng(cfg.out.seed).permutation(len(source))
+    order = order[: cfg.source.subset] if cfg.source.subset else order
+    encoding = {"quality": cfg.out.quality, "raw_share": cfg.out.raw_share, "seed": cfg.out.seed}
+    settings = {**encoding, "subset": cfg.source.subset, "page_size": beton.PAGE_SIZE}
+    origin = {"kind": source.kind, "digest": source.digest(), "images": len(source)}
+    common = {"split": split, "classes": source.classes, "source": origin}
+    journal = os.path.join(cfg.out.dir, f"{split}.journal")
+    manifests = {}
+    for rung in _rungs(cfg):
+        path = os.path.join(cfg.out.dir, f"{split}_{rung}.beton")
+        manifest = {**common, "settings": {"max_side": rung, **settings}}
+        if not _already_written(path, manifest, journal):
+            manifests[rung] = manifest
+    if not manifests:
+        return None
+    if source.ignored:
+        print(f"{split}: ignoring {source.ignored} entries that are not images")
+    paths = {rung: os.path.join(cfg.out.dir, f"{split}_{rung}.beton") for rung in manifests}
+    return SimpleNamespace(
+        split=split, source=source, order=order, encoding=encoding, manifests=manifests, paths=paths, journal=journal
+    )
+
+
+def preflight(jobs, folder, workers):
+    """Print what will be written and how long it takes; RunError when the disk has no room for it."""
+    needed = seconds = 0
+    for job in jobs:
+        sizes, seconds_per_image = measure(job)
+        seconds += seconds_per_image * len(job.order) / workers
+        print(f"{job.split}: {len(job.order)} images of {len(job.source.classes)} classes")
+        for rung, size in sizes.items():
+            print(f"  {job.paths[rung]}  about {_bytes(size)}")
+            partial = job.paths[rung] + ".partial"
+            needed += size - (os.path.getsize(partial) if os.path.exists(partial) else 0)
+    existing = os.path.abspath(folder)
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    free = shutil.disk_usage(existing).free
+    print(f"about {_bytes(max(needed, 0))} still to write, {_bytes(free)} free; about {_duration(seconds)} "
+          f"with {workers} workers", flush=True)  # fmt: skip
+    if needed * 1.05 > free:
+        raise RunError(f"{folder} has {_bytes(free)} free and the files need about {_bytes(needed * 1.05)}; make room, "
+                       "choose fewer out.resolutions or another out.dir")  # fmt: skip
+
+
+def measure(job):
+    """Expected bytes of each rung's file, and seconds of one core per image, from a sample of the images."""
+    count = min(len(job.order), max(10, len(job.order) // 20), PREFLIGHT_IMAGES)
+    sample = [job.order[k] for k in np.linspace(0, len(job.order) - 1, count).astype(int)]
+    cv2.setNumThreads(1)
+    started, encoded = time.perf_counter(), []
+    for i in sample:
+        _, _, pictures = encode_sample(job.source, int(i), list(job.paths), job.encoding)
+        if not isinstance(pictures, str):
+            encoded.append([len(data) for _, _, _, data in pictures])
+    seconds = (time.perf_counter() - started) / count
+    if not encoded:
+        raise RunError(f"none of {count} images tried from {job.source.folder} can be decoded")
+    sizes = {}
+    for rung, mean in zip(job.paths, np.mean(encoded, axis=0), strict=True):
+        records = len(job.order) * (beton.SAMPLE.itemsize + beton.ALLOCATION.itemsize)
+        pages = len(job.order) * mean * (1 + mean / 2 / beton.PAGE_SIZE)
+        sizes[rung] = int(pages + records + 2 * beton.PAGE_SIZE)
+    return sizes, seconds
+
+
+def convert(job, *, workers, skip_corrupt):
+    """Write every rung of one split, from where an earlier run stopped."""
+    folder = os.path.dirname(job.journal) or "."
+    with beton.disk_errors(folder):
+        os.makedirs(folder, exist_ok=True)
+    fingerprint = [[m["settings"] | {"max_side": 0}, m["source"]] for m in job.manifests.values()][0]
+    fingerprint.append(f"OpenCV {cv2.__version__}")
+    ladder = beton.LadderWriter(paths=job.paths, journal=job.journal, capacity=len(job.order), fingerprint=fingerprint)
+    try:
+        if ladder.started_over:
+            print(f"{job.split}: starting over: {ladder.started_over}", flush=True)
+        elif ladder.done:
+            print(f"{job.split}: continuing after {ladder.done} images", flush=True)
+        if ladder.skipped and not skip_corrupt:
+            _refuse_corrupt(os.path.join(job.source.folder, ladder.skipped[0]["id"]), ladder.skipped[0]["reason"])
+        committed = time.monotonic()
+        rest = job.order[ladder.done :]
+        with closing(encode_all(job, rest, workers)) as samples:
+            for sample_id, label, pictures in show_progress(samples, job.split, ladder.done, len(job.order)):
+                if not isinstance(pictures, str):
+                    ladder.add(label=label, pictures=dict(zip(job.paths, pictures, strict=True)))
+                elif skip_corrupt:
+                    ladder.skip(sample_id=sample_id, reason=pictures)
+                else:
+                    ladder.commit()
+                    _refuse_corrupt(os.path.join(job.source.folder, sample_id), pictures)
+                if time.monotonic() - committed > COMMIT_SECONDS:
+                    ladder.commit()
+                    committed = time.monotonic()
+        ladder.finish(job.manifests)
+    finally:
+        ladder.close()
+    for path in job.paths.values():
+        print(f"wrote {path} ({_bytes(os.path.getsize(path))}, {len(ladder.labels)} images)", flush=True)
+    for entry in ladder.skipped:
+        print(f"skipped {entry['id']}: {entry['reason']}", flush=True)
+
+
+def encode_sample(source, i, rungs, encoding):
+    """(id, label, pictures): one (mode, width, height, bytes) for each rung, or the text of what is wrong with it."""
+    sample_id, label = source.item(i)
+    try:
+        rgb = decode_image(source.read(i))
+        raw = stored_raw(sample_id, encoding["seed"], encoding["raw_share"])
+        pictures = []
+        for rung in rungs:
+            picture = beton.shrink_image(rgb, rung)
+            height, width = picture.shape[:2]
+            data = picture.tobytes() if raw else beton.encode_image(picture, encoding["quality"])
+            pictures.append((beton.RAW if raw else beton.JPG, width, height, data))
+        return sample_id, label, pictures
+    except (ValueError, OSError) as error:
+        return sample_id, label, str(error)
+
+
+def stored_raw(sample_id, seed, share):
+    """Whether the sample is among the `share` stored as pixels; a hash, so that it depends on nothing else."""
+    digest = hashlib.sha256(f"{seed}/{sample_id}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") < share * 2**64
+
+
+def encode_all(job, order, workers):
+    """Yield `encode_sample` of each index in `order`, in this order, encoded by `workers` processes.
+
+    RunError as soon as a process dies. At most HELD_BYTES (and a chunk a worker) wait here, however slow one image is.
+    """
+    chunks = [order[k : k + CHUNK].tolist() for k in range(0, len(order), CHUNK)]
+    processes = {}
+    try:
+        for _ in range(min(workers, len(chunks))):
+            connection, process = _start_worker(job)
+            processes[connection] = process
+        idle, holders, finished = list(processes), {}, {}
+        held, started, wanted = 0, 0, 0
+        while wanted < len(chunks):
+            while idle and started < len(chunks):
+                _exchange(processes, idle[0], idle[0].send, chunks[started])
+                holders[started] = idle.pop(0)
+                started += 1
+            listen = list(holders.values()) if held < HELD_BYTES else [holders[wanted]]
+            for connection in wait(listen + [process.sentinel for process in processes.values()]):
+                if isinstance(connection, int):
+                    _report_death(next(p for p in processes.values() if p.sentinel == connection))
+                head = _exchange(processes, connection, connection.recv)
+                data = _exchange(processes, connection, connection.recv_bytes)
+                chunk = next(k for k, holder in holders.items() if holder is connection)
+                del holders[chunk]
+                idle.append(connection)
+                finished[chunk] = (head, data)
+                held += len(data)
+            while wanted in finished:
+                head, data = finished.pop(wanted)
+                held -= len(data)
+                wanted += 1
+                yield from _unpack(head, data)
+    finally:
+        for process in processes.values():
+            process.kill()
+        for connection, process in processes.items():
+            process.join()
+            connection.close()
+
+
+def _start_worker(job):
+    # 'spawn', because a fork copies whatever threads and locks the parent has. SIGINT stays blocked in the worker:
+    # Ctrl-C reaches the whole group, and only the parent should speak.
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    arguments = (theirs, job.source, list(job.paths), job.encoding)
+    process = context.Process(target=_work, args=arguments, daemon=True)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()  # so that the pipe ends when the worker does
+    return ours, process
+
+
+def _work(connection, source, rungs, encoding):
+    cv2.setNumThreads(1)
+    try:
+        while True:
+            head, blobs = [], []
+            for i in connection.recv():
+                sample_id, label, pictures = encode_sample(source, i, rungs, encoding)
+                if isinstance(pictures, str):
+                    head.append((sample_id, label, pictures))
+                else:
+                    head.append((sample_id, label, [(*rest, len(data)) for *rest, data in pictures]))
+                    blobs += [data for *_, data in pictures]
+            connection.send(head)
+            connection.send_bytes(b"".join(blobs))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is gone
+
+
+def _unpack(head, data):
+    view, start = memoryview(data), 0
+    for sample_id, label, pictures in head:
+        if not isinstance(pictures, str):
+            sized, pictures = pictures, []
+            for mode, width, height, size in sized:
+                pictures.append((mode, width, height, view[start : start + size]))
+                start += size
+        yield sample_id, label, pictures
+
+
+def _exchange(processes, connection, action, *arguments):
+    try:
+        return action(*arguments)
+    except (EOFError, OSError):
+        _report_death(processes[connection])
+
+
+def _report_death(process):
+    process.join(5)
+    code = process.exitcode
+    how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
+    hint = "; it may have run out of memory: try fewer out.workers" if code == -signal.SIGKILL else ""
+    raise RunError(f"an encoding worker {how}{hint}; run the same command again to continue")
+
+
+def show_progress(samples, split, done, total):
+    """Pass `samples` on, with a bar on a terminal and a line now and then elsewhere."""
+    if sys.stderr.isatty():
+        with tqdm(desc=split, initial=done, total=total, unit="img", smoothing=0.05) as bar:
+            for sample in samples:
+                yield sample
+                bar.update()
+        return
+    started = said = time.monotonic()
+    for k, sample in enumerate(samples, 1):
+        yield sample
+        now = time.monotonic()
+        if now - said >= 10 or done + k == total:
+            said, rate = now, k / (now - started)
+            left = _duration((total - done - k) / rate)
+            print(f"{split}: {done + k}/{total} images, {rate:.0f} images/s, {left} left", file=sys.stderr, flush=True)
+
+
+def _splits(cfg):
+    splits = [split.strip() for split in cfg.source.splits.split(",")]
+    if not all(splits) or len(set(splits)) < len(splits) or any(os.sep in split for split in splits):
+        raise UsageError(f"source.splits must be different folder names, comma-separated, not {cfg.source.splits!r}")
+    return splits
+
+
+def _rungs(cfg):
+    rungs = sorted(cfg.out.resolutions)
+    if len(set(rungs)) < len(rungs):
+        raise UsageError(f"out.resolutions names a size twice: {','.join(map(str, cfg.out.resolutions))}")
+    return rungs
+
+
+def _same_classes(root, split, source):
+    """Labels are positions in a sorting, so one missing folder would shift the labels of all that follow."""
+    for other in ("train", "val"):
+        folder = os.path.join(root, other)
+        if other == split or not os.path.isdir(folder):
+            continue
+        with os.scandir(folder) as entries:
+            theirs = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
+        ours = {c["wnid"] for c in source.classes}
+        if theirs != ours:
+            name = sorted(theirs ^ ours)[0]
+            here, there = (split, other) if name in ours else (other, split)
+            raise RunError(f"class {name} is in {here} but not in {there} of {root}; the labels would not agree")
+
+
+def _already_written(path, manifest, journal):
+    if not os.path.exists(path):
+        return False
+    written = beton.read_manifest(path)
+    if written is None:
+        if os.path.exists(journal):
+            return False  # ours: interrupted just before its manifest
+        raise RunError(f"{path} exists without a manifest of ours; remove it or choose another out.dir")
+    for key, value in manifest.items():
+        if written.get(key) != value:
+            raise RunError(f"{path} was written from another {key if key != 'settings' else 'set of settings'}; "
+                           "remove it and its .json or choose another out.dir")  # fmt: skip
+    print(f"{path} is already written")
+    return True
+
+
+def _refuse_corrupt(path, reason):
+    raise RunError(f"cannot decode {path}: {reason}; replace it and run the same command again, or leave such images "
+                   "out with source.skip_corrupt=true")  # fmt: skip
+
+
+def _stop(number, frame):
+    raise RunError(f"stopped by {signal.Signals(number).name}; run the same command again to continue")
+
+
+def _bytes(count):
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+
+
+def _duration(seconds):
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+if __name__ == "__main__":
+    run(main)
