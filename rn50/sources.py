@@ -10,7 +10,7 @@ import threading
 import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from rn50.errors import RunError
 
@@ -143,6 +143,8 @@ def _decode_with_pil(data):
             return np.ascontiguousarray(_upright(rgb, _orientation(picture)))
     except (ValueError, RunError):
         raise
+    except UnidentifiedImageError:
+        raise ValueError("not an image of any known format") from None  # PIL's text holds a memory address
     except Exception as error:  # PIL's plugins raise whatever their parsers run into
         raise ValueError(str(error) or type(error).__name__) from None
 
