@@ -1,0 +1,69 @@
+"""torchvision's ResNets with the changes the recipes ask for: BlurPool and a zero last BatchNorm gamma."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision import models
+
+ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+
+def build_model(*, arch, num_classes, blurpool=False, blur_maxpool=False, zero_init_last_bn=True):
+    """A randomly initialised ResNet taking float images [N, 3, H, W] and giving logits [N, num_classes].
+
+    Convolutions keep torchvision's He initialisation (fan out). `blurpool` low-passes the input of every
+    strided convolution with at least 16 input channels, as ffcv-imagenet does; `blur_maxpool` also the
+    stem's max-pool, as MosaicML's recipes do. Parameter names follow ffcv-imagenet: a blurred
+    convolution's weight is `….conv.weight`.
+    """
+    model = getattr(models, arch)(weights=None, num_classes=num_classes, zero_init_residual=zero_init_last_bn)
+    if blurpool:
+        _blur_strided_convolutions(model)
+    if blur_maxpool:
+        model.maxpool = BlurMaxPool2d(model.maxpool)
+    return model
+
+
+class BlurConv2d(nn.Module):
+    """Depthwise 3x3 binomial blur, then the wrapped convolution (Zhang 2019, arXiv 1904.11486)."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv
+        self.register_buffer("blur_filter", binomial_filter(conv.in_channels))
+
+    def forward(self, x):
+        return self.conv(F.conv2d(x, self.blur_filter, padding=1, groups=self.conv.in_channels))
+
+
+class BlurMaxPool2d(nn.Module):
+    """Dense max-pool, then a strided depthwise blur (Zhang 2019): the stride moves from the max to the blur.
+
+    The stem has 64 channels in every ResNet here.
+    """
+
+    CHANNELS = 64
+
+    def __init__(self, pool):
+        super().__init__()
+        self.stride = pool.stride
+        self.pool = nn.MaxPool2d(pool.kernel_size, stride=1, padding=pool.padding)
+        self.register_buffer("blur_filter", binomial_filter(self.CHANNELS))
+
+    def forward(self, x):
+        return F.conv2d(self.pool(x), self.blur_filter, stride=self.stride, padding=1, groups=self.CHANNELS)
+
+
+def binomial_filter(channels):
+    """The outer product of [1, 2, 1] with itself over 16, once per channel: float32 [channels, 1, 3, 3]."""
+    row = torch.tensor([1.0, 2.0, 1.0])
+    return (torch.outer(row, row) / 16).expand(channels, 1, 3, 3).clone()
+
+
+def _blur_strided_convolutions(module):
+    for name, child in module.named_children():
+        if isinstance(child, nn.Conv2d):
+            if max(child.stride) > 1 and child.in_channels >= 16:
+                setattr(module, name, BlurConv2d(child))
+        else:
+            _blur_strided_convolutions(child)

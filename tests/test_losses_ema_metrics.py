@@ -1,0 +1,67 @@
+"""Loss, weight averaging and accuracy against their formulas."""
+
+import pytest
+import torch
+from torch import nn
+
+from rn50.ema import EMA
+from rn50.losses import cross_entropy
+from rn50.metrics import correct_in_top, wilson_interval
+
+
+def test_label_smoothing_is_a_mixture_with_the_uniform_distribution():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(5, 7), torch.tensor([0, 3, 6, 2, 2])
+    log_p = logits - logits.exp().sum(1, keepdim=True).log()
+    target = torch.full((5, 7), 0.1 / 7)
+    target[range(5), labels] += 0.9
+    torch.testing.assert_close(cross_entropy(logits, labels, smoothing=0.1), -(target * log_p).sum(1).mean())
+
+
+def test_loss_is_computed_in_float32():
+    logits = torch.tensor([[20.0, 0.0]]).half()
+    assert cross_entropy(logits, torch.tensor([1])).dtype == torch.float32
+
+
+def test_ema_weighs_a_step_half_after_its_half_life_and_copies_buffers():
+    network = nn.BatchNorm1d(1)
+    ema = EMA(network, half_life=3)
+    values = [5.0, -2.0, 7.0, 1.0]
+    for step, value in enumerate(values):
+        network.weight.data.fill_(value)
+        network.running_mean.fill_(step)
+        ema.update(network)
+    weights = [0.5 ** (age / 3) for age in (3, 2, 1, 0)]
+    expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
+    assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
+    assert ema.model.running_mean.item() == 3
+    assert not ema.model.training
+
+
+def test_ema_goes_on_after_restoring_its_state():
+    network = nn.Linear(2, 2)
+    one = EMA(network, half_life=5)
+    one.update(network)
+    two = EMA(nn.Linear(2, 2), half_life=5)
+    two.load_state_dict(one.state_dict())
+    network.weight.data += 1
+    one.update(network)
+    two.update(network)
+    assert torch.equal(one.model.weight, two.model.weight)
+
+
+def test_top_k_counts():
+    logits = torch.tensor([[0.1, 0.9, 0.5, 0.3], [0.9, 0.1, 0.5, 0.3], [0.1, 0.2, 0.3, 0.9]])
+    labels = torch.tensor([1, 2, 0])
+    assert [int(correct_in_top(logits, labels, k)) for k in (1, 2, 3, 4, 5)] == [1, 2, 2, 3, 3]
+
+
+def test_logits_that_are_not_numbers_are_wrong():
+    assert correct_in_top(torch.full((2, 3), torch.nan), torch.tensor([0, 1]), 3) == 0
+
+
+def test_wilson_interval():
+    # Newcombe 1998, table I: 81 of 263 and 0 of 20
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)
+    assert wilson_interval(0, 20) == pytest.approx((0, 0.1611), abs=1e-4)
+    assert wilson_interval(50_000, 50_000)[1] == 1

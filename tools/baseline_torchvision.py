@@ -1,0 +1,132 @@
+"""The yardstick for the Imagenette run: the same network and optimizer, a plain torchvision DataLoader,
+one fixed resolution, and a given number of minutes.
+
+    python tools/baseline_torchvision.py --data IMAGENETTE --resolution 80 --eval-resolution 96 \\
+        --minutes 40 --out runs/imagenette_baseline
+
+The learning rate follows the clock (linear to zero at the last minute), so the run takes the minutes it is
+given, whatever the machine. Only training counts; it resumes by epoch.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+from torchvision import datasets, transforms
+from torchvision.transforms import InterpolationMode
+
+from rn50 import checkpoint, errors, schedules
+from rn50.augment import normalize
+from rn50.ema import EMA
+from rn50.errors import UsageError
+from rn50.evaluate import evaluate
+from rn50.losses import cross_entropy
+from rn50.model import build_model
+from rn50.optimizer import build_optimizer, set_learning_rate
+from rn50.run_log import read_rows, write_atomically
+
+
+def main():
+    args = arguments()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+    torch.manual_seed(args.seed)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    train, val = data_loaders(args)
+    network = build_model(arch="resnet50", num_classes=len(train.dataset.classes)).to(memory_format=torch.channels_last)
+    ema = EMA(network, half_life=args.ema_half_life)
+    optimizer = build_optimizer(network, momentum=0.9, nesterov=False, weight_decay=args.weight_decay, decay="weights")
+    spent, epoch, budget = 0.0, 0, 60 * args.minutes
+    saved = checkpoint.newest(out, warn=print)
+    if saved:
+        network.load_state_dict(saved["model"])
+        ema.load_state_dict(saved["ema"])
+        optimizer.load_state_dict(saved["optimizer"])
+        spent, epoch = saved["seconds"], saved["epochs_done"]
+    rows = [row for row in read_rows(out / "log.jsonl") if row["epoch"] < epoch]
+    peak = schedules.peak_learning_rate(lr_per_256=args.lr_per_256, batch_size=args.batch_size)
+    while spent < budget:
+        network.train()
+        started, loss_sum, images_seen = time.perf_counter(), 0.0, 0
+        for images, labels in train:
+            progress = (spent + time.perf_counter() - started) / budget
+            if progress >= 1:
+                break
+            rate = schedules.learning_rate(
+                progress, peak=peak, epochs=1, schedule="linear", warmup_epochs=args.warmup_share
+            )
+            set_learning_rate(optimizer, rate)
+            loss = cross_entropy(network(normalize(images)), labels, smoothing=0.1)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            ema.update(network)
+            loss_sum += loss.item() * len(labels)
+            images_seen += len(labels)
+        seconds = time.perf_counter() - started
+        spent += seconds
+        row = {
+            "epoch": epoch,
+            "resolution": args.resolution,
+            "lr": rate,
+            "train_loss": loss_sum / max(images_seen, 1),
+            "images_per_second": round(images_seen / seconds, 2),
+            "train_seconds": round(seconds, 3),
+            "elapsed_seconds": round(spent, 3),
+        }
+        if spent >= budget:
+            row |= evaluate(ema.model, val, device=torch.device("cpu"), autocast=contextlib.nullcontext)["single"]
+        epoch += 1
+        rows.append(row)
+        write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        state = {"model": network.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
+        checkpoint.save(out, {**state, "seconds": spent, "epochs_done": epoch})
+        print(json.dumps(row), flush=True)
+
+
+def data_loaders(args):
+    """ImageFolder loaders in FFCV's format of a batch: uint8 [N, 3, H, W], so that the rest is the same code."""
+    to_tensor = transforms.PILToTensor()
+    crop = transforms.RandomResizedCrop(args.resolution, scale=tuple(args.crop_scale))
+    size = round(args.eval_resolution / args.crop_ratio)
+    resize = transforms.Resize(size, interpolation=InterpolationMode.BILINEAR)
+    trees = [Path(args.data) / split for split in ("train", "val")]
+    for tree in trees:
+        if not tree.is_dir():
+            raise UsageError(f"--data must hold train/ and val/; there is no {tree}")
+    train = datasets.ImageFolder(trees[0], transforms.Compose([crop, transforms.RandomHorizontalFlip(), to_tensor]))
+    val = datasets.ImageFolder(
+        trees[1], transforms.Compose([resize, transforms.CenterCrop(args.eval_resolution), to_tensor])
+    )
+    workers = {"num_workers": args.workers, "persistent_workers": args.workers > 0}
+    return (
+        torch.utils.data.DataLoader(train, args.batch_size, shuffle=True, drop_last=True, **workers),
+        torch.utils.data.DataLoader(val, 256, **workers),
+    )
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="ImageFolder tree with train/ and val/")
+    parser.add_argument("--out", required=True, help="run folder")
+    parser.add_argument("--minutes", type=float, required=True, help="training time")
+    parser.add_argument("--resolution", type=int, required=True, help="px of the training crops")
+    parser.add_argument("--eval-resolution", type=int, required=True, help="px of the centre crops")
+    parser.add_argument("--crop-ratio", type=float, default=1.0, help="centre crop over the short side")
+    parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.35, 1.0), help="range of the crop's area")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr-per-256", type=float, default=0.2)
+    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--warmup-share", type=float, default=0.1, help="of the minutes")
+    parser.add_argument("--ema-half-life", type=float, default=50, help="steps")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    errors.run(main)

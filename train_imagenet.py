@@ -1,0 +1,481 @@
+"""Train a ResNet on ImageNet from FFCV files: the recipe, top to bottom.
+
+    python train_imagenet.py --config-file rn50_configs/rn50_16_epochs.yaml --data.dir=/data/betons
+    torchrun --nproc_per_node=8 train_imagenet.py --config-file ...   # the same recipe on more GPUs
+
+Repeating a command continues the run where its last checkpoint is. Every key of a config can be given as
+--section.key=value; --help lists them.
+"""
+
+import contextlib
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastargs import Param, Section
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from rn50 import checkpoint, config, distributed, errors, loaders, schedules
+from rn50.augment import color_jitter, normalize
+from rn50.config import choice, either, number, numbers, switch, text, whole
+from rn50.ema import EMA
+from rn50.errors import RunError, UsageError
+from rn50.evaluate import evaluate
+from rn50.losses import cross_entropy
+from rn50.model import ARCHITECTURES, build_model
+from rn50.optimizer import build_optimizer, set_learning_rate
+from rn50.order import evaluation_share, rank_positions, steps_per_epoch
+from rn50.run_log import RunLog, describe_environment
+
+Section("model", "Network").params(
+    arch=Param(choice(*ARCHITECTURES), "torchvision architecture", default="resnet50"),
+    blurpool=Param(switch(), "low-pass filter before strided convolutions", default=False),
+    blur_maxpool=Param(switch(), "low-pass filter in the max-pool too", default=False),
+    zero_init_last_bn=Param(switch(), "residual branches start at zero", default=True),
+    ema_half_life=Param(number(0), "steps in which EMA forgets half; 0: no EMA", default=0),
+)
+Section("training", "Optimisation").params(
+    epochs=Param(whole(1), "epochs", required=True),
+    batch_size=Param(whole(1), "images per optimizer step over all GPUs", required=True),
+    micro_batch=Param(whole(1), "images per forward pass on one GPU; BatchNorm sees these", required=True),
+    momentum=Param(number(0, 1), "SGD momentum", default=0.9),
+    nesterov=Param(switch(), "Nesterov momentum", default=False),
+    weight_decay=Param(number(0), "L2 penalty, coupled", default=1e-4),
+    decay=Param(choice("weights", "all"), "what decays: conv and linear weights, or everything", default="weights"),
+    label_smoothing=Param(number(0, 1), "label smoothing", default=0.1),
+    precision=Param(choice("auto", "bf16", "fp16", "fp32"), "autocast type; auto: best of the device", default="auto"),
+    channels_last=Param(switch(), "NHWC memory format", default=True),
+    compile=Param(switch(), "torch.compile", default=False),
+    device=Param(choice("auto", "cuda", "cpu"), "where to train", default="auto"),
+    seed=Param(whole(0), "weights, order and augmentation", default=0),
+    eval_only=Param(switch(), "evaluate a checkpoint and stop", default=False),
+    checkpoint=Param(text(), "what eval_only evaluates (default: the run's last)"),
+)
+Section("lr", "Learning rate").params(
+    lr_per_256=Param(number(0), "peak per 256 images of batch_size", default=0.1),
+    schedule=Param(choice("cosine", "linear", "step"), "shape after the warm-up", default="cosine"),
+    warmup_epochs=Param(number(0), "linear warm-up", default=5),
+    warmup_start=Param(number(0, 1), "share of the peak at which it starts", default=0.0),
+    step_epochs=Param(numbers(number(0)), "where the step schedule drops", default=[30, 60]),
+    step_gamma=Param(number(0, 1), "factor of each drop", default=0.1),
+)
+Section("resolution", "Progressive resizing of the training crops").params(
+    start=Param(whole(16), "px until start_ramp", default=224),
+    end=Param(whole(16), "px from end_ramp on", default=224),
+    start_ramp=Param(whole(0), "epoch", default=0),
+    end_ramp=Param(whole(0), "epoch", default=0),
+    multiple=Param(whole(1), "round to this many px", default=32),
+)
+Section("data", "Betons, loading and augmentation").params(
+    dir=Param(text(), "folder of train_SIZE.beton and val_SIZE.beton", required=True),
+    rung=Param(either("auto", whole(1)), "SIZE to train from; auto: smallest that is large enough", default="auto"),
+    order=Param(choice("auto", "random", "page"), "page: sequential reads, for files beyond memory", default="auto"),
+    workers=Param(whole(0), "decoding threads per GPU; 0: all cores, shared among the GPUs here", default=0),
+    timeout_minutes=Param(number(0.01), "a batch that takes longer is an error", default=5),
+    crop_scale=Param(numbers(number(0.001, 1)), "range of a random crop's share of the area", default=[0.08, 1.0]),
+    brightness=Param(number(0), "colour jitter", default=0),
+    contrast=Param(number(0), "colour jitter", default=0),
+    saturation=Param(number(0), "colour jitter", default=0),
+)
+Section("validation", "Evaluation").params(
+    resolutions=Param(numbers(whole(16)), "px of the final evaluation", default=[224, 256]),
+    headline_resolution=Param(whole(16), "px of the figure in the log", default=224),
+    headline_view=Param(choice("single", "flip"), "one view, or averaged with its mirror image", default="single"),
+    crop_ratio=Param(number(0.1, 1), "side of the centre crop over the short side", default=0.875),
+    batch_size=Param(whole(1), "images per forward pass on one GPU", default=256),
+    every=Param(whole(1), "epochs between evaluations; the last is always evaluated", default=1),
+)
+Section("logging", "Run folder").params(
+    folder=Param(text(), "where run folders are", default="runs"),
+    run_name=Param(text(), "the run's folder; the same name resumes", required=True),
+)
+
+# What may differ when a run resumes: it changes where and how fast the run is, not what it computes.
+NOT_RECIPE = {"data.dir", "data.workers", "data.timeout_minutes", "training.device", "training.eval_only"}
+NOT_RECIPE |= {"training.checkpoint"}
+RECIPE_SECTIONS = ("model", "training", "lr", "resolution", "data")
+# How often the bar moves, and how often a line is printed where there is no terminal for a bar.
+PROGRESS_SECONDS = 1.0
+LINE_SECONDS = 60.0
+
+
+def main():
+    cfg = config.load(__doc__.splitlines()[0])
+    check(cfg)
+    device, rank, world_size = distributed.setup(cfg.training.device)
+    try:
+        say = partial(print, flush=True) if rank == 0 else (lambda *args: None)
+        check_batch(cfg, world_size)
+        run = Run(cfg, device, rank, world_size, say)
+        if cfg.training.eval_only:
+            run.restore(checkpoint.load(cfg.training.checkpoint or run.folder / checkpoint.LAST), weights_only=True)
+            run.report(run.final_evaluation())
+        else:
+            fit(run)
+    finally:
+        distributed.shutdown()
+
+
+def check(cfg):
+    """Refuse combinations that no run could mean."""
+    resolution, lr, training = cfg.resolution, cfg.lr, cfg.training
+    if resolution.start_ramp > resolution.end_ramp:
+        raise UsageError(
+            f"resolution.start_ramp={resolution.start_ramp} is after resolution.end_ramp={resolution.end_ramp}"
+        )
+    if resolution.end_ramp >= training.epochs and resolution.start != resolution.end:
+        raise UsageError(
+            f"resolution.end_ramp={resolution.end_ramp} is not before the last of training.epochs={training.epochs}: "
+            f"no epoch would train at resolution.end={resolution.end}"
+        )
+    if lr.warmup_epochs >= training.epochs:
+        raise UsageError(f"lr.warmup_epochs={lr.warmup_epochs:g} leaves nothing of training.epochs={training.epochs}")
+    if cfg.validation.headline_resolution not in cfg.validation.resolutions:
+        raise UsageError(
+            f"validation.headline_resolution={cfg.validation.headline_resolution} is not in "
+            f"validation.resolutions={','.join(map(str, cfg.validation.resolutions))}"
+        )
+    scale = cfg.data.crop_scale
+    if len(scale) != 2 or scale[0] > scale[1]:
+        raise UsageError(f"data.crop_scale must be two shares of the area, the smaller first, not {scale}")
+    if training.nesterov and not training.momentum:
+        raise UsageError("training.nesterov needs training.momentum above 0")
+    if training.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("training.device=cuda, but torch sees no GPU here; use auto or cpu")
+    if training.checkpoint and not training.eval_only:
+        raise UsageError("training.checkpoint is for training.eval_only=true; a run resumes from its own folder")
+
+
+def check_batch(cfg, world_size):
+    batch_size, micro_batch = cfg.training.batch_size, cfg.training.micro_batch
+    if batch_size % (micro_batch * world_size):
+        raise UsageError(
+            f"training.batch_size={batch_size} is not a multiple of training.micro_batch={micro_batch} x {world_size} "
+            f"GPU{'s' if world_size > 1 else ''}"
+        )
+
+
+class Run:
+    """Everything a run has: network, optimizer, data and how far it has come."""
+
+    def __init__(self, cfg, device, rank, world_size, say):
+        self.cfg, self.device, self.rank, self.world_size, self.say = cfg, device, rank, world_size, say
+        self.folder = Path(cfg.logging.folder) / cfg.logging.run_name
+        self.train_rungs = loaders.find_rungs(cfg.data.dir, "train")
+        self.val_rungs = loaders.find_rungs(cfg.data.dir, "val")
+        self.warn = lambda message: say(f"warning: {message}")
+        self.open_loaders = {}
+        self.epochs_done, self.step, self.images_seen, self.seconds = 0, 0, 0, 0.0
+
+        torch.manual_seed(cfg.training.seed)
+        format = torch.channels_last if cfg.training.channels_last else torch.contiguous_format
+        network = build_model(
+            arch=cfg.model.arch,
+            num_classes=next(iter(self.train_rungs.values())).num_classes,
+            blurpool=cfg.model.blurpool,
+            blur_maxpool=cfg.model.blur_maxpool,
+            zero_init_last_bn=cfg.model.zero_init_last_bn,
+        )
+        self.network = network.to(device, memory_format=format)
+        self.ema = EMA(self.network, half_life=cfg.model.ema_half_life) if cfg.model.ema_half_life else None
+        self.optimizer = build_optimizer(
+            self.network,
+            momentum=cfg.training.momentum,
+            nesterov=cfg.training.nesterov,
+            weight_decay=cfg.training.weight_decay,
+            decay=cfg.training.decay,
+        )
+        dtype = autocast_dtype(cfg.training.precision, device)
+        self.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        # the network itself stays bare, so that checkpoints have plain keys
+        self.model = torch.compile(self.network) if cfg.training.compile else self.network
+        if world_size > 1:
+            self.model = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
+
+    def loader(self, make, info, **settings):
+        """The one loader of a file, made when it is first needed."""
+        workers = self.cfg.data.workers or max(1, distributed.cores() // distributed.ranks_on_this_node())
+        timeout = 60 * self.cfg.data.timeout_minutes
+        if info.path not in self.open_loaders:
+            self.open_loaders[info.path] = make(info, device=self.device, workers=workers, timeout=timeout, **settings)
+        return self.open_loaders[info.path]
+
+    def state(self):
+        return {
+            "model": self.network.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "epochs_done": self.epochs_done,
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "seconds": self.seconds,
+            "config": config.to_dict(self.cfg),
+        }
+
+    def restore(self, state, weights_only=False):
+        """Take over a checkpoint's state; with `weights_only` just the weights, whatever recipe made them."""
+        try:
+            self.network.load_state_dict(state["model"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise RunError(f"the checkpoint does not fit this model.arch and data: {reason}") from error
+        if state["ema"] is not None:
+            self.ema = self.ema or EMA(self.network, half_life=1)
+            self.ema.load_state_dict(state["ema"])
+        self.epochs_done, self.step = state["epochs_done"], state["step"]
+        if not weights_only:
+            refuse_changed_recipe(state["config"], config.to_dict(self.cfg), self.folder)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            self.images_seen, self.seconds = state["images_seen"], state["seconds"]
+
+    def evaluate(self, resolution, flip):
+        validation = self.cfg.validation
+        side = loaders.validation_rung(self.val_rungs, resolution, validation.crop_ratio, warn=self.warn)
+        info = self.val_rungs[side]
+        share = evaluation_share(info.num_samples, rank=self.rank, world_size=self.world_size)
+        loader = self.loader(
+            loaders.evaluation_loader, info, batch_size=validation.batch_size, crop_ratio=validation.crop_ratio
+        )
+        network = self.ema.model if self.ema else self.network
+        with loader.batches(share, resolution) as batches:
+            return evaluate(network, batches, device=self.device, autocast=self.autocast, flip=flip)
+
+    def final_evaluation(self):
+        """{resolution: {view: figures}} at every resolution of the config, single view and flip-averaged."""
+        return {resolution: self.evaluate(resolution, flip=True) for resolution in self.cfg.validation.resolutions}
+
+    def report(self, results):
+        validation = self.cfg.validation
+        weights = "EMA weights" if self.ema else "weights"
+        self.say(f"\nevaluation of the {weights} after epoch {self.epochs_done}, centre crop {validation.crop_ratio:g}")
+        for resolution, views in results.items():
+            for view, row in views.items():
+                headline = (resolution, view) == (validation.headline_resolution, validation.headline_view)
+                self.say(
+                    f"  {resolution} px  {view:6}  top-1 {row['top1']:6.2f} % "
+                    f"(95 %: {row['top1_low']:.2f} to {row['top1_high']:.2f})  top-5 {row['top5']:6.2f} %  "
+                    f"loss {row['val_loss']:.4f}  {row['images']} images{'  <- headline' if headline else ''}"
+                )
+
+
+def fit(run):
+    """All epochs that the run's checkpoint does not have yet, then the final evaluation."""
+    cfg = run.cfg
+    saved = checkpoint.newest(run.folder, warn=run.warn)
+    if saved:
+        run.restore(saved)
+        run.say(f"resuming {run.folder} after epoch {run.epochs_done} of {cfg.training.epochs}")
+    log = None
+    if run.rank == 0:
+        make_folder(run.folder)
+        environment = describe_environment(
+            device=run.device, world_size=run.world_size, betons=[*run.train_rungs.values(), *run.val_rungs.values()]
+        )
+        log = RunLog(run.folder, config=config.to_dict(cfg), environment=environment, epochs_done=run.epochs_done)
+    announce(run)
+    results = None
+    for epoch in range(run.epochs_done, cfg.training.epochs):
+        last = epoch + 1 == cfg.training.epochs
+        row = train_one_epoch(run, epoch)
+        started = time.perf_counter()
+        if last:
+            results = run.final_evaluation()
+            row |= results[cfg.validation.headline_resolution][cfg.validation.headline_view]
+        elif (epoch + 1) % cfg.validation.every == 0:
+            views = run.evaluate(cfg.validation.headline_resolution, flip=cfg.validation.headline_view == "flip")
+            row |= views[cfg.validation.headline_view]
+        row |= {"val_seconds": round(time.perf_counter() - started, 3)}
+        run.epochs_done = epoch + 1
+        if run.rank == 0:
+            if last:
+                row["evaluation"] = results
+            log.add_epoch(row)
+            checkpoint.save(run.folder, run.state())
+            accuracy = f"  top-1 {row['top1']:.2f} %" if "top1" in row else ""
+            run.say(
+                f"epoch {epoch + 1}/{cfg.training.epochs}  {row['resolution']} px  loss {row['train_loss']:.3f}"
+                f"{accuracy}  {row['images_per_second']:.0f} img/s  {row['data_wait_fraction']:.0%} waiting for data  "
+                f"{row['train_seconds']:.0f} s"
+            )
+        distributed.barrier()
+    run.report(results or run.final_evaluation())
+    if log:
+        log.close()
+
+
+def train_one_epoch(run, epoch):
+    """One pass over the training set; gives the epoch's row of the log."""
+    cfg, training = run.cfg, run.cfg.training
+    resolution = epoch_resolution(cfg, epoch)
+    side = loaders.training_rung(run.train_rungs, resolution, cfg.data.rung)
+    info = run.train_rungs[side]
+    order = loaders.epoch_order(info, loaders.choose_order(info, cfg.data.order), seed=training.seed, epoch=epoch)
+    mine = rank_positions(
+        order,
+        batch_size=training.batch_size,
+        micro_batch=training.micro_batch,
+        rank=run.rank,
+        world_size=run.world_size,
+    )
+    steps = steps_per_epoch(info.num_samples, training.batch_size)
+    if steps == 0:
+        raise RunError(
+            f"training.batch_size={training.batch_size} is more than the {info.num_samples} images there are"
+        )
+    accumulation = training.batch_size // (training.micro_batch * run.world_size)
+    loader = run.loader(loaders.training_loader, info, batch_size=training.micro_batch, crop_scale=cfg.data.crop_scale)
+    torch.manual_seed(augmentation_seed(training.seed, epoch, run.rank))
+    run.model.train()
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
+    started = shown = printed = time.perf_counter()
+    waited = 0.0
+    with (
+        loader.batches(mine, resolution) as batches,
+        tqdm(
+            total=steps,
+            desc=f"epoch {epoch + 1}/{training.epochs} {resolution} px",
+            unit="step",
+            disable=None if run.rank == 0 else True,
+            leave=False,
+            mininterval=PROGRESS_SECONDS,
+        ) as bar,
+    ):
+        for step in range(steps):
+            rate = learning_rate(cfg, epoch + step / steps)
+            set_learning_rate(run.optimizer, rate)
+            for micro in range(accumulation):
+                asked = time.perf_counter()
+                images, labels = next(batches)
+                waited += time.perf_counter() - asked
+                synchronise = contextlib.nullcontext() if micro + 1 == accumulation else without_reduction(run.model)
+                with synchronise:
+                    loss_sum += forward_backward(run, images, labels, accumulation)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            run.optimizer.zero_grad(set_to_none=True)
+            if run.ema:
+                run.ema.update(run.network)
+            run.step += 1
+            now = time.perf_counter()
+            if now - shown > PROGRESS_SECONDS or step + 1 == steps:
+                shown = now
+                loss = loss_sum.item() / (step + 1)
+                if not torch.isfinite(loss_sum):
+                    raise RunError(
+                        f"the loss is not finite at step {run.step}: lower lr.lr_per_256 or use "
+                        f"training.precision=bf16; the last checkpoint is of epoch {run.epochs_done}"
+                    )
+                speed = (step + 1) * training.batch_size / (now - started)
+                status = f"loss {loss:.3f}, lr {rate:.4f}, {speed:.0f} img/s, {waited / (now - started):.0%} waiting"
+                bar.set_postfix_str(status)
+                if bar.disable and now - printed > LINE_SECONDS:
+                    printed = now
+                    run.say(f"epoch {epoch + 1}/{training.epochs} {resolution} px  step {step + 1}/{steps}  {status}")
+            bar.update()
+    seconds = time.perf_counter() - started
+    run.seconds += seconds
+    run.images_seen += steps * training.batch_size
+    return {
+        "epoch": epoch,
+        "step": run.step,
+        "resolution": resolution,
+        "rung": side,
+        "lr": rate,
+        "train_loss": distributed.total(loss_sum).item() / (steps * run.world_size),
+        "images_per_second": round(steps * training.batch_size / seconds, 2),
+        "data_wait_fraction": round(waited / seconds, 4),
+        "train_seconds": round(seconds, 3),
+        "images_seen": run.images_seen,
+        "elapsed_seconds": round(run.seconds, 3),
+    }
+
+
+def augmentation_seed(seed, epoch, rank):
+    """Seeds of different (seed, epoch, rank) are independent; sums of them would collide."""
+    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def forward_backward(run, images, labels, accumulation):
+    """Gradients of one micro-batch, scaled so that those of a step add up to the mean; gives its share of the loss."""
+    data = run.cfg.data
+    if data.brightness or data.contrast or data.saturation:
+        images = color_jitter(images, brightness=data.brightness, contrast=data.contrast, saturation=data.saturation)
+    with run.autocast():
+        logits = run.model(normalize(images))
+    loss = cross_entropy(logits, labels, smoothing=run.cfg.training.label_smoothing) / accumulation
+    run.scaler.scale(loss).backward()
+    return loss.detach()
+
+
+def without_reduction(model):
+    """DDP adds up gradients over the ranks in the last micro-batch of a step only."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def learning_rate(cfg, epoch):
+    peak = schedules.peak_learning_rate(lr_per_256=cfg.lr.lr_per_256, batch_size=cfg.training.batch_size)
+    return schedules.learning_rate(
+        epoch,
+        peak=peak,
+        epochs=cfg.training.epochs,
+        schedule=cfg.lr.schedule,
+        warmup_epochs=cfg.lr.warmup_epochs,
+        warmup_start=cfg.lr.warmup_start,
+        step_epochs=cfg.lr.step_epochs,
+        step_gamma=cfg.lr.step_gamma,
+    )
+
+
+def epoch_resolution(cfg, epoch):
+    return schedules.resolution(epoch, **vars(cfg.resolution))
+
+
+def autocast_dtype(precision, device):
+    """`auto` is bf16 on GPUs that have it, fp16 on other GPUs, and fp32 on CPUs, where bf16 is seldom faster."""
+    if precision == "auto":
+        if device.type != "cuda":
+            return torch.float32
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def refuse_changed_recipe(saved, current, folder):
+    for section in RECIPE_SECTIONS:
+        for key, value in current[section].items():
+            name = f"{section}.{key}"
+            if name not in NOT_RECIPE and saved[section].get(key) != value:
+                raise UsageError(
+                    f"{name} is {value} but the run in {folder} was started with {saved[section].get(key)}; "
+                    "restore it, or choose another logging.run_name"
+                )
+
+
+def announce(run):
+    cfg = run.cfg
+    batch, micro = cfg.training.batch_size, cfg.training.micro_batch
+    peak = schedules.peak_learning_rate(lr_per_256=cfg.lr.lr_per_256, batch_size=batch)
+    info = run.train_rungs[max(run.train_rungs)]
+    accumulation = batch // (micro * run.world_size)
+    run.say(
+        f"{cfg.model.arch} on {run.device}, {info.num_samples} training images of {info.num_classes} classes, "
+        f"{cfg.training.epochs} epochs at {cfg.resolution.start} to {cfg.resolution.end} px; batch {batch} = "
+        f"{micro} x {run.world_size} GPU x {accumulation} accumulated, peak learning rate {peak:g}; "
+        f"{loaders.choose_order(info, cfg.data.order)} order; run folder {run.folder}"
+    )
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    errors.run(main)
