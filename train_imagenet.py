@@ -334,7 +334,7 @@ def train_one_epoch(run, epoch):
     run.model.train()
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     started = shown = printed = time.perf_counter()
-    waited = 0.0
+    processor_started, waited = time.process_time(), 0.0
     with (
         loader.batches(mine, resolution) as batches,
         tqdm(
@@ -391,6 +391,7 @@ def train_one_epoch(run, epoch):
         "images_per_second": round(steps * training.batch_size / seconds, 2),
         "data_wait_fraction": round(waited / seconds, 4),
         "train_seconds": round(seconds, 3),
+        "cpu_seconds": round(time.process_time() - processor_started, 3),
         "images_seen": run.images_seen,
         "elapsed_seconds": round(run.seconds, 3),
     }

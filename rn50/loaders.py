@@ -35,6 +35,8 @@ TRAIN_MARGIN = 1.6
 # Above this share of memory the page cache cannot hold the file beside what training needs.
 RANDOM_ORDER_MEMORY_SHARE = 0.6
 PAGES_IN_WINDOW = 64
+# Seconds that a loader thread gets to finish the batch it is at.
+STOP_PATIENCE = 10.0
 
 
 def find_rungs(folder, split):
@@ -217,10 +219,10 @@ class _Iterator(EpochIterator):
             self.current_stream.wait_stream(self.cuda_streams[slot])
         return result
 
-    def stop(self, patience=10.0):
-        """End the thread wherever it is and let its buffers go; one stuck in a read is left after `patience` s."""
+    def stop(self):
+        """End the thread wherever it is and let its buffers go; one that is stuck in a read is left behind."""
         self.close()
-        give_up = time.monotonic() + patience
+        give_up = time.monotonic() + STOP_PATIENCE
         while self.is_alive() and time.monotonic() < give_up:
             # the thread's last put has no timeout: make room for it
             try:

@@ -42,9 +42,7 @@ def test_blurred_convolution_equals_its_definition():
     x = torch.randn(2, 64, 9, 11)
     kernel = torch.tensor([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
     padded = F.pad(x, (1, 1, 1, 1))
-    blurred = sum(
-        kernel[i, j] * padded[:, :, i : i + 9, j : j + 11] for i in range(3) for j in range(3)
-    )
+    blurred = sum(kernel[i, j] * padded[:, :, i : i + 9, j : j + 11] for i in range(3) for j in range(3))
     torch.testing.assert_close(module(x), module.conv(blurred))
 
 

@@ -1,0 +1,206 @@
+"""FFCV behind a fence: right samples, no hang, no leak, the right file for a resolution."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from rn50 import loaders
+from rn50.errors import RunError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def info(betons):
+    return loaders.find_rungs(betons, "train")[64]
+
+
+def training(info, batch_size=16, timeout=60):
+    return loaders.training_loader(
+        info, batch_size=batch_size, crop_scale=[0.35, 1], device=CPU, workers=2, timeout=timeout
+    )
+
+
+def test_batches_are_the_given_samples_at_the_given_resolution(info):
+    loader = training(info)
+    samples = np.random.default_rng(0).permutation(info.num_samples)[:40]
+    for resolution in (32, 48):
+        with loader.batches(samples, resolution) as batches:
+            got = [(images.clone(), labels.clone()) for images, labels in batches]
+        assert [len(labels) for _, labels in got] == [16, 16, 8]
+        assert torch.cat([labels for _, labels in got]).tolist() == info.labels[samples].tolist()
+        for images, _ in got:
+            assert images.shape[1:] == (3, resolution, resolution)
+            assert images.dtype == torch.uint8
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert images.float().std() > 10
+
+
+def test_training_crops_differ_between_epochs_and_some_are_mirrored(info):
+    loader = training(info)
+    seen = []
+    for _ in range(2):
+        with loader.batches(np.arange(16), 32) as batches:
+            seen.append(next(batches)[0].clone())
+    assert (seen[0] != seen[1]).float().mean() > 0.5
+
+
+def test_evaluation_is_the_centre_crop_of_the_stored_image(betons):
+    info = loaders.find_rungs(betons, "val")[96]
+    loader = loaders.evaluation_loader(info, batch_size=4, crop_ratio=0.875, device=CPU, workers=1, timeout=60)
+    with loader.batches(np.arange(4), 40) as batches:
+        images, _ = next(batches)
+    data = np.fromfile(info.path, np.uint8)
+    for index, image in enumerate(images):
+        stored = cv2.imdecode(data[int(info.data_ptrs[index]) :][:200_000], cv2.IMREAD_COLOR)[:, :, ::-1]
+        height, width = stored.shape[:2]
+        assert (height, width) == (info.heights[index], info.widths[index])
+        side = int(0.875 * min(height, width))
+        top, left = (height - side) // 2, (width - side) // 2
+        expected = cv2.resize(stored[top : top + side, left : left + side], (40, 40), interpolation=cv2.INTER_AREA)
+        # FFCV decodes with the fast inverse transform, OpenCV with the exact one
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 1.5
+
+
+def test_an_exception_of_the_loader_thread_reaches_the_training_loop(info, monkeypatch):
+    pipeline = loaders._Iterator.run_pipeline
+
+    def break_down(self, number, *rest):
+        if number == 2:
+            raise ValueError("bad weather")
+        return pipeline(self, number, *rest)
+
+    monkeypatch.setattr(loaders._Iterator, "run_pipeline", break_down)
+    got = 0
+    with pytest.raises(RunError, match=r"train_64.beton failed: ValueError: bad weather"):  # noqa: SIM117
+        with training(info).batches(np.arange(64), 32) as batches:
+            for _ in batches:
+                got += 1
+    assert got == 2
+
+
+def test_a_batch_that_does_not_come_is_an_error(info, monkeypatch):
+    release = threading.Event()
+    monkeypatch.setattr(loaders._Iterator, "run_pipeline", lambda self, *args: release.wait(60))
+    monkeypatch.setattr(loaders, "STOP_PATIENCE", 0.5)
+    started = time.monotonic()
+    with pytest.raises(RunError, match="no batch from"):  # noqa: SIM117
+        with training(info, timeout=1).batches(np.arange(64), 32) as batches:
+            next(batches)
+    assert time.monotonic() - started < 10
+    release.set()
+
+
+def test_leaving_early_joins_the_thread(info):
+    loader = training(info)
+    before = threading.active_count()
+    for _ in range(5):
+        with loader.batches(np.arange(256), 32) as batches:
+            next(batches)
+        assert threading.active_count() == before
+    with pytest.raises(KeyboardInterrupt), loader.batches(np.arange(256), 32) as batches:  # noqa: PT012
+        next(batches)
+        raise KeyboardInterrupt
+    assert threading.active_count() == before
+
+
+GROWTH = """
+import os, sys, threading
+import numpy as np, torch
+from rn50 import loaders
+info = loaders.find_rungs(sys.argv[1], "train")[96]
+loader = loaders.training_loader(info, batch_size=32, crop_scale=[0.35, 1], device=torch.device("cpu"), workers=2,
+                                 timeout=60)
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+for epoch in range(24):
+    with loader.batches(np.random.permutation(info.num_samples), 128 if epoch % 2 else 96) as batches:
+        for number, _ in enumerate(batches):
+            if epoch % 3 == 0 and number == 4:
+                break
+    if epoch == 3:
+        first = resident(), threading.active_count()
+print(first[0], resident(), first[1], threading.active_count(), torch.get_num_threads())
+"""
+
+
+def test_no_thread_or_memory_growth_over_20_epochs(betons):
+    result = subprocess.run(
+        [sys.executable, "-c", GROWTH, str(betons)], capture_output=True, text=True, check=True, timeout=300
+    )
+    megabytes_before, megabytes_after, threads_before, threads_after, _ = map(float, result.stdout.split())
+    assert threads_after == threads_before
+    # one abandoned set of buffers is 5 batches of crops and decoded images: 12 MB
+    assert megabytes_after - megabytes_before < 40
+
+
+def test_ffcv_does_not_take_torchs_threads(info):
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        loader = loaders.training_loader(info, batch_size=16, crop_scale=[0.35, 1], device=CPU, workers=1, timeout=60)
+        with loader.batches(np.arange(32), 32) as batches:
+            assert torch.get_num_threads() == 3
+            next(batches)
+            assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_truncated_beton_is_refused_before_ffcv_opens_it(betons, tmp_path):
+    shutil.copy(betons / "train_64.beton", tmp_path)
+    os.truncate(tmp_path / "train_64.beton", (tmp_path / "train_64.beton").stat().st_size // 2)
+    with pytest.raises(RunError, match="train_64.beton"):
+        loaders.find_rungs(tmp_path, "train")
+
+
+def test_no_beton_is_one_clear_error(tmp_path):
+    with pytest.raises(RunError, match="no val_SIZE.beton"):
+        loaders.find_rungs(tmp_path, "val")
+
+
+def rungs(**short_sides):
+    return {int(side[1:]): SimpleNamespace(median_short_side=short) for side, short in short_sides.items()}
+
+
+def test_training_takes_the_smallest_rung_that_is_large_enough():
+    available = rungs(_256=192, _400=300, _500=375)
+    assert loaders.training_rung(available, 96, "auto") == 256
+    assert loaders.training_rung(available, 160, "auto") == 400
+    assert loaders.training_rung(available, 192, "auto") == 500
+    assert loaders.training_rung(available, 320, "auto") == 500
+    assert loaders.training_rung(available, 96, 500) == 500
+    with pytest.raises(RunError, match="256, 400, 500"):
+        loaders.training_rung(available, 96, 333)
+
+
+def test_validation_takes_a_rung_that_needs_no_enlarging_or_warns():
+    available, warnings = rungs(_256=192, _400=300), []
+    assert loaders.validation_rung(available, 160, 0.875, warn=warnings.append) == 256
+    assert loaders.validation_rung(available, 224, 0.875, warn=warnings.append) == 400
+    assert not warnings
+    assert loaders.validation_rung(available, 288, 0.875, warn=warnings.append) == 400
+    assert "enlarges" in warnings[0]
+
+
+def test_order_is_random_while_the_file_fits_in_memory(monkeypatch):
+    monkeypatch.setattr(loaders, "memory_bytes", lambda: 100)
+    assert loaders.choose_order(SimpleNamespace(bytes=60), "auto") == "random"
+    assert loaders.choose_order(SimpleNamespace(bytes=61), "auto") == "page"
+    assert loaders.choose_order(SimpleNamespace(bytes=61), "random") == "random"
+    assert loaders.choose_order(SimpleNamespace(bytes=1), "page") == "page"
+
+
+def test_both_orders_of_a_real_file_are_permutations(info):
+    for order in ("random", "page"):
+        samples = loaders.epoch_order(info, order, seed=0, epoch=0)
+        assert sorted(samples) == list(range(info.num_samples))
