@@ -448,8 +448,8 @@ def autocast_dtype(precision, device):
 
 def refuse_changed_recipe(saved, current, folder):
     for section in RECIPE_SECTIONS:
-        for key, value in current[section].items():
-            name = f"{section}.{key}"
+        for key in {**saved[section], **current[section]}:
+            name, value = f"{section}.{key}", current[section].get(key)
             if name not in NOT_RECIPE and saved[section].get(key) != value:
                 raise UsageError(
                     f"{name} is {value} but the run in {folder} was started with {saved[section].get(key)}; "

@@ -149,8 +149,11 @@ def load(description, argv=None):
 
 
 def to_dict(namespace):
-    """The plain nested dict of a namespace that `load` returned."""
-    return {section: dict(vars(keys)) for section, keys in vars(namespace).items()}
+    """The plain nested dict of a namespace that `load` returned, without unset keys: `load` reads it again as YAML."""
+    return {
+        section: {key: value for key, value in vars(keys).items() if value is not None}
+        for section, keys in vars(namespace).items()
+    }
 
 
 def _namespace(declared):
@@ -205,7 +208,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _read_yaml(file):
     try:
         with open(file, encoding="utf-8") as handle:
-            content = yaml.load(handle, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader subclass
+            content = yaml.load(handle, Loader=_StrictLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read config file {file}: {getattr(error, 'strerror', None) or error}") from None
     except yaml.YAMLError as error:

@@ -206,7 +206,7 @@ class _Iterator(EpochIterator):
     def run(self):
         try:
             super().run()
-        except BaseException as error:  # noqa: BLE001 - the consumer raises it
+        except BaseException as error:
             self.error = error
 
     def describe_error(self):

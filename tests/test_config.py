@@ -1,5 +1,6 @@
 """Bad settings end with one clear line and status 2; good ones arrive with their type."""
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -15,7 +16,7 @@ from rn50.config import choice, either, number, numbers, switch, text, whole
 Section("a", "A").params(
     count=Param(whole(1, 9), "a count", required=True),
     rate=Param(number(0), "a rate", default=0.5),
-    on=Param(switch(), "a switch", default=True),
+    flag=Param(switch(), "a switch", default=True),
     word=Param(choice("red", "blue"), "a word", default="red"),
     sizes=Param(numbers(whole(1)), "sizes", default=[1]),
     rung=Param(either("auto", whole(1)), "rung", default="auto"),
@@ -41,25 +42,25 @@ def program(tmp_path):
 
 def values(result):
     assert result.returncode == 0, result.stderr
-    return eval(result.stdout)["a"]  # noqa: S307 - our own program's repr
+    return eval(result.stdout)["a"]
 
 
 def test_yaml_and_flags_give_typed_values_and_flags_win(program):
-    got = values(program("--a.count=3", "--a.on", "false", yaml="a: {count: 2, rate: 1e-1, sizes: [4, 5], rung: 7}"))
+    got = values(program("--a.count=3", "--a.flag", "false", yaml="a: {count: 2, rate: 1e-1, sizes: [4, 5], rung: 7}"))
     assert got == {
-        "count": 3, "rate": 0.1, "on": False, "word": "red", "sizes": [4, 5], "rung": 7, "name": None
+        "count": 3, "rate": 0.1, "flag": False, "word": "red", "sizes": [4, 5], "rung": 7
     }  # fmt: skip
 
 
 def test_switches_are_true_and_false_in_yaml_too(program):
-    assert values(program(yaml="a: {count: 1, on: false}"))["on"] is False
-    assert values(program(yaml="a: {count: 1, on: true}"))["on"] is True
+    assert values(program(yaml="a: {count: 1, flag: false}"))["flag"] is False
+    assert values(program(yaml="a: {count: 1, flag: true}"))["flag"] is True
 
 
 def test_later_config_file_wins(program, tmp_path):
     (tmp_path / "more.yaml").write_text("a: {count: 8}")
     assert values(program("-C", str(tmp_path / "more.yaml"), yaml="a: {count: 1, word: blue}")) == {
-        "count": 8, "rate": 0.5, "on": True, "word": "blue", "sizes": [1], "rung": "auto", "name": None
+        "count": 8, "rate": 0.5, "flag": True, "word": "blue", "sizes": [1], "rung": "auto"
     }  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def test_later_config_file_wins(program, tmp_path):
         (["--a.count=true"], None, ["a.count"]),
         (["--a.count=1", "--a.rate=nan"], None, ["a.rate", "a number"]),
         (["--a.count=1", "--a.rate=-1"], None, ["a.rate", "at least 0"]),
-        (["--a.count=1", "--a.on=maybe"], None, ["a.on", "true or false"]),
+        (["--a.count=1", "--a.flag=maybe"], None, ["a.flag", "true or false"]),
         (["--a.count=1", "--a.word=green"], None, ["a.word", "red, blue"]),
         (["--a.count=1", "--a.sizes=1,x"], None, ["a.sizes", "comma-separated"]),
         (["--a.count=1", "--a.rung=big"], None, ["a.rung", "auto or a whole number"]),
@@ -101,6 +102,11 @@ def test_bad_settings_are_one_line_and_status_2(program, flags, yaml, words):
     assert result.stdout == ""
 
 
+def test_what_was_read_can_be_read_again(program, tmp_path):
+    first = values(program("--a.count=3", "--a.sizes=4,5", "--a.flag=false"))
+    assert values(program(yaml=f"a: {json.dumps(first)}")) == first
+
+
 def test_environment_is_not_a_config(program, monkeypatch):
     monkeypatch.setenv("a.count", "5")
     assert program().returncode == 2
@@ -109,5 +115,5 @@ def test_environment_is_not_a_config(program, monkeypatch):
 def test_help_lists_every_key(program):
     result = program("--help")
     assert result.returncode == 0
-    for key in ("a.count", "a.rate", "a.on", "a.word", "a.sizes", "a.rung", "a.name"):
+    for key in ("a.count", "a.rate", "a.flag", "a.word", "a.sizes", "a.rung", "a.name"):
         assert key in result.stdout

@@ -81,7 +81,7 @@ def test_an_exception_of_the_loader_thread_reaches_the_training_loop(info, monke
 
     monkeypatch.setattr(loaders._Iterator, "run_pipeline", break_down)
     got = 0
-    with pytest.raises(RunError, match=r"train_64.beton failed: ValueError: bad weather"):  # noqa: SIM117
+    with pytest.raises(RunError, match=r"train_64.beton failed: ValueError: bad weather"):  # noqa: PT012, SIM117
         with training(info).batches(np.arange(64), 32) as batches:
             for _ in batches:
                 got += 1

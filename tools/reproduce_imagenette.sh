@@ -17,6 +17,6 @@ from rn50.run_log import read_rows
 print(sum(row["cpu_seconds"] for row in read_rows("runs/imagenette_cpu/log.jsonl")) / 60)
 PY
 )
-$python tools/baseline_torchvision.py --data "$IMAGENETTE_DIR" --resolution 72 --eval-resolution 88 \
+$python tools/baseline_torchvision.py --data "$IMAGENETTE_DIR" --resolution 64 --eval-resolution 80 \
   --lr-per-256 0.3 --ema-half-life 60 --cpu-minutes "$minutes" --out runs/imagenette_baseline
 $python tools/plot_log.py runs/imagenette_cpu --out runs/imagenette_cpu/curves.png

@@ -1,0 +1,236 @@
+"""The training script as its user runs it: from betons to a curve, interrupted, resumed, refused."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import train_imagenet
+from rn50 import checkpoint
+from rn50.run_log import read_rows
+from tests.conftest import ROOT
+
+SMALL = {
+    "model.arch": "resnet18",
+    "training.epochs": 3,
+    "training.batch_size": 40,
+    "training.micro_batch": 20,
+    "training.device": "cpu",
+    "lr.warmup_epochs": 1,
+    "resolution.start": 32,
+    "resolution.end": 48,
+    "resolution.start_ramp": 1,
+    "resolution.end_ramp": 2,
+    "resolution.multiple": 16,
+    "data.workers": 1,
+    "validation.resolutions": "48,64",
+    "validation.headline_resolution": 48,
+    "logging.run_name": "small",
+}
+
+
+def command(betons, folder, launcher=(sys.executable,), **overrides):
+    settings = {**SMALL, "data.dir": betons, "logging.folder": folder}
+    settings |= {name.replace("__", "."): value for name, value in overrides.items()}
+    flags = [f"--{name}={value}" for name, value in settings.items() if value is not None]
+    return [*launcher, str(ROOT / "train_imagenet.py"), *flags]
+
+
+def run(*args, **kwargs):
+    return subprocess.run(command(*args, **kwargs), capture_output=True, text=True, timeout=300)
+
+
+def assert_refused(result, status, *words):
+    assert result.returncode == status, result.stdout + result.stderr
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture(scope="module")
+def finished(betons, tmp_path_factory):
+    """A run that was killed with SIGKILL after its first epoch and finished by repeating the command."""
+    folder = tmp_path_factory.mktemp("runs")
+    process = subprocess.Popen(command(betons, folder, model__ema_half_life=5), stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 240
+    while not (folder / "small" / "last.pt").exists():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed_with = checkpoint.load(folder / "small" / "last.pt")
+    result = run(betons, folder, model__ema_half_life=5)
+    assert result.returncode == 0, result.stderr
+    return SimpleNamespace(folder=folder, run=folder / "small", output=result.stdout, killed_with=killed_with)
+
+
+def test_a_killed_run_goes_on_where_its_checkpoint_is(finished):
+    done = finished.killed_with["epochs_done"]
+    assert done in (1, 2)
+    assert f"after epoch {done} of 3" in finished.output
+    rows = read_rows(finished.run / "log.jsonl")
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert [row["step"] for row in rows] == [10, 20, 30]
+    assert [row["resolution"] for row in rows] == [32, 32, 48]
+    assert rows[-1]["images_seen"] == 3 * 400
+
+
+def test_a_row_of_the_log_says_what_happened(finished):
+    row = read_rows(finished.run / "log.jsonl")[-1]
+    for key in ("lr", "train_loss", "top1", "top5", "val_loss", "images_per_second", "train_seconds", "val_seconds"):
+        assert row[key] >= 0
+    assert 0 <= row["data_wait_fraction"] <= 1
+    assert row["top1_low"] < row["top1"] < row["top1_high"] or row["top1"] in (0, 100)
+    assert row["images"] == 110
+    assert set(row["evaluation"]) == {"48", "64"}
+    assert set(row["evaluation"]["64"]) == {"single", "flip"}
+
+
+def test_the_run_folder_says_what_it_ran_on(finished, betons):
+    sessions = json.loads((finished.run / "environment.json").read_text())
+    manifest = json.loads((betons / "train_64.json").read_text())
+    assert len(sessions) == 2
+    assert sessions[-1]["betons"]["train_64.beton"] == manifest["sha256"]
+    assert sessions[-1]["packages"]["torch"]
+    assert list((finished.run / "tensorboard").iterdir())
+    assert "batch_size: 40" in (finished.run / "config.yaml").read_text()
+
+
+def headline(output):
+    (line,) = [line for line in output.splitlines() if line.endswith("<- headline")]
+    return float(re.search(r"top-1 +([\d.]+) %", line)[1])
+
+
+def test_eval_only_gives_the_figure_of_the_log_from_any_checkpoint(finished, betons, tmp_path):
+    expected = read_rows(finished.run / "log.jsonl")[-1]["top1"]
+    result = run(
+        betons, tmp_path, training__eval_only="true", training__checkpoint=finished.run / "last.pt", lr__schedule="step"
+    )
+    assert result.returncode == 0, result.stderr
+    assert headline(result.stdout) == pytest.approx(expected, abs=0.005)
+    assert "EMA weights after epoch 3" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_repeating_a_finished_run_reports_and_trains_nothing(finished, betons):
+    before = (finished.run / "log.jsonl").read_text()
+    result = run(betons, finished.folder, model__ema_half_life=5)
+    assert result.returncode == 0, result.stderr
+    assert headline(result.stdout) == pytest.approx(headline(finished.output), abs=0.005)
+    assert (finished.run / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("key", ["lr__lr_per_256", "model__blurpool", "data__crop_scale", "training__weight_decay"])
+def test_a_changed_recipe_refuses_to_resume_and_names_the_key(finished, betons, key):
+    value = {"model__blurpool": "true", "data__crop_scale": "0.5,1"}.get(key, "0.03")
+    result = run(betons, finished.folder, **{"model__ema_half_life": 5, key: value})
+    assert_refused(result, 2, key.replace("__", "."), "logging.run_name")
+
+
+def test_two_ranks_evaluate_every_image_once_and_share_the_batch(betons, tmp_path):
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    result = run(betons, tmp_path, launcher=launcher, training__epochs=2, resolution__end=32, validation__every=2)
+    assert result.returncode == 0, result.stderr
+    first, last = read_rows(tmp_path / "small" / "log.jsonl")
+    assert "top1" not in first
+    assert last["images"] == 110
+    assert (last["step"], last["images_seen"]) == (20, 800)
+    assert "20 x 2 GPU x 1 accumulated" in result.stdout
+    assert 1 < last["train_loss"] < 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"resolution__start_ramp": 2, "resolution__end_ramp": 1}, ["resolution.start_ramp=2", "end_ramp=1"]),
+        ({"resolution__end_ramp": 3}, ["resolution.end_ramp=3", "training.epochs=3"]),
+        ({"training__batch_size": 50}, ["training.batch_size=50", "micro_batch=20"]),
+        ({"lr__warmup_epochs": 3}, ["lr.warmup_epochs=3"]),
+        ({"validation__headline_resolution": 224}, ["headline_resolution=224", "48,64"]),
+        ({"data__crop_scale": "1,0.5"}, ["data.crop_scale"]),
+        ({"data__rnug": 64}, ["unknown key data.rnug", "data.rung"]),
+        ({"training__checkpoint": "x.pt"}, ["training.checkpoint", "eval_only"]),
+        ({"training__epochs": "many"}, ["training.epochs", "'many'"]),
+        ({"data__dir": None}, ["data.dir is required"]),
+    ],
+)
+def test_impossible_settings_are_one_line_and_status_2(betons, tmp_path, overrides, words):
+    assert_refused(run(betons, tmp_path, **overrides), 2, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_cuda_is_refused_where_there_is_none(betons, tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert_refused(run(betons, tmp_path, training__device="cuda"), 2, "training.device=cuda")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"data__dir": "/nowhere"}, ["no train_SIZE.beton in /nowhere"]),
+        ({"data__rung": 500}, ["data.rung=500", "64, 96"]),
+        ({"training__batch_size": 500, "training__micro_batch": 500}, ["500", "400 images"]),
+        ({"training__eval_only": "true"}, ["no checkpoint at"]),
+        ({"lr__lr_per_256": "1e30"}, ["not finite", "lr.lr_per_256"]),
+    ],
+)
+def test_what_cannot_work_is_one_line_and_status_1(betons, tmp_path, overrides, words):
+    assert_refused(run(betons, tmp_path, **overrides), 1, *words)
+
+
+def test_a_truncated_beton_is_one_line_and_status_1(betons, tmp_path):
+    for source in betons.iterdir():
+        (tmp_path / source.name).symlink_to(source)
+    damaged = tmp_path / "train_64.beton"
+    damaged.unlink()
+    damaged.write_bytes((betons / "train_64.beton").read_bytes()[:-30])
+    assert_refused(run(tmp_path, tmp_path / "runs"), 1, "train_64.beton")
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    labels = torch.arange(8) % 3
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    stand_in = SimpleNamespace(
+        cfg=SimpleNamespace(
+            data=SimpleNamespace(brightness=0, contrast=0, saturation=0), training=SimpleNamespace(label_smoothing=0.1)
+        ),
+        model=network,
+        autocast=partial(torch.autocast, "cpu", enabled=False),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+    )
+
+    def gradient(micro_batches):
+        network.zero_grad()
+        losses = [
+            train_imagenet.forward_backward(stand_in, x, y, micro_batches)
+            for x, y in zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True)
+        ]
+        return sum(losses), network[1].weight.grad.clone()
+
+    for whole, parts in zip(gradient(1), gradient(4), strict=True):
+        torch.testing.assert_close(parts, whole)
+
+
+def test_every_config_is_complete_and_possible(betons):
+    """Each YAML passes the script's own checks up to the point where it looks for data."""
+    for path in sorted((ROOT / "rn50_configs").glob("*.yaml")):
+        if path.name.startswith("write_"):
+            continue
+        flags = [sys.executable, ROOT / "train_imagenet.py", "--config-file", path, "--data.dir=/nowhere"]
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        result = subprocess.run(flags, capture_output=True, text=True, timeout=120, env=environment)
+        assert_refused(result, 1, "no train_SIZE.beton in /nowhere")
