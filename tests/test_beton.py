@@ -80,6 +80,12 @@ def main(constant, varied, stock, out):
     assert beton.HEADER == types.HeaderType and beton.FIELD == types.FieldDescType
     assert beton.ALLOCATION == types.ALLOC_TABLE_TYPE and beton.VERSION == types.CURRENT_VERSION
     assert beton.SAMPLE == types.get_metadata_type([fields.RGBImageField(), fields.IntField()])
+    # The writer forks, which hangs once a loader has started threads: it comes first.
+    images = [np.full((20 + k % 9, 30, 3), k, "u1") for k in range(60)]
+    made = {"image": fields.RGBImageField(write_mode="proportion", compress_probability=0.5),
+            "label": fields.IntField()}
+    pairs = [(image, k % 5) for k, image in enumerate(images)]
+    writer.DatasetWriter(stock, made, num_workers=2).from_indexed_dataset(pairs, chunksize=3)
     results = {}
     for cache in (True, False):
         loader = Loader(constant, batch_size=7, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=cache,
@@ -99,11 +105,6 @@ def main(constant, varied, stock, out):
         decoded.append(image.reshape(info.heights[k], info.widths[k], 3))
     results["decoded"] = np.stack(decoded)
     np.savez(out, **results)
-    images = [np.full((20 + k % 9, 30, 3), k, "u1") for k in range(60)]
-    made = {"image": fields.RGBImageField(write_mode="proportion", compress_probability=0.5),
-            "label": fields.IntField()}
-    pairs = [(image, k % 5) for k, image in enumerate(images)]
-    writer.DatasetWriter(stock, made, num_workers=2).from_indexed_dataset(pairs, chunksize=3)
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
@@ -123,7 +124,7 @@ def stock(tmp_path_factory, finished):
         [sys.executable, folder / "read.py", *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         check=True,
-        timeout=120,
+        timeout=300,
     )
     return folder, np.load(folder / "out.npz")
 
