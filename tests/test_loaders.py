@@ -24,14 +24,15 @@ def info(betons):
     return loaders.find_rungs(betons, "train")[64]
 
 
-def training(info, batch_size=16, timeout=60):
-    return loaders.training_loader(
-        info, batch_size=batch_size, crop_scale=[0.35, 1], device=CPU, workers=2, timeout=timeout
-    )
+@pytest.fixture(scope="module")
+def loader(betons):
+    """One for all tests, as for all epochs of a run: each has ten seconds of its code to compile."""
+    info = loaders.find_rungs(betons, "train")[64]
+    return loaders.training_loader(info, batch_size=16, crop_scale=[0.35, 1], device=CPU, workers=2, timeout=300)
 
 
-def test_batches_are_the_given_samples_at_the_given_resolution(info):
-    loader = training(info)
+def test_batches_are_the_given_samples_at_the_given_resolution(loader):
+    info = loader.info
     samples = np.random.default_rng(0).permutation(info.num_samples)[:40]
     for resolution in (32, 48):
         with loader.batches(samples, resolution) as batches:
@@ -45,8 +46,7 @@ def test_batches_are_the_given_samples_at_the_given_resolution(info):
             assert images.float().std() > 10
 
 
-def test_training_crops_differ_between_epochs_and_some_are_mirrored(info):
-    loader = training(info)
+def test_training_crops_differ_between_epochs_and_some_are_mirrored(loader):
     seen = []
     for _ in range(2):
         with loader.batches(np.arange(16), 32) as batches:
@@ -56,7 +56,7 @@ def test_training_crops_differ_between_epochs_and_some_are_mirrored(info):
 
 def test_evaluation_is_the_centre_crop_of_the_stored_image(betons):
     info = loaders.find_rungs(betons, "val")[96]
-    loader = loaders.evaluation_loader(info, batch_size=4, crop_ratio=0.875, device=CPU, workers=1, timeout=60)
+    loader = loaders.evaluation_loader(info, batch_size=4, crop_ratio=0.875, device=CPU, workers=1, timeout=300)
     with loader.batches(np.arange(4), 40) as batches:
         images, _ = next(batches)
     data = np.fromfile(info.path, np.uint8)
@@ -71,7 +71,7 @@ def test_evaluation_is_the_centre_crop_of_the_stored_image(betons):
         assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 1.5
 
 
-def test_an_exception_of_the_loader_thread_reaches_the_training_loop(info, monkeypatch):
+def test_an_exception_of_the_loader_thread_reaches_the_training_loop(loader, monkeypatch):
     pipeline = loaders._Iterator.run_pipeline
 
     def break_down(self, number, *rest):
@@ -82,26 +82,28 @@ def test_an_exception_of_the_loader_thread_reaches_the_training_loop(info, monke
     monkeypatch.setattr(loaders._Iterator, "run_pipeline", break_down)
     got = 0
     with pytest.raises(RunError, match=r"train_64.beton failed: ValueError: bad weather"):  # noqa: PT012, SIM117
-        with training(info).batches(np.arange(64), 32) as batches:
+        with loader.batches(np.arange(64), 32) as batches:
             for _ in batches:
                 got += 1
     assert got == 2
 
 
-def test_a_batch_that_does_not_come_is_an_error(info, monkeypatch):
-    release = threading.Event()
+def test_a_batch_that_does_not_come_is_an_error(loader, monkeypatch):
+    release, before = threading.Event(), threading.active_count()
     monkeypatch.setattr(loaders._Iterator, "run_pipeline", lambda self, *args: release.wait(60))
     monkeypatch.setattr(loaders, "STOP_PATIENCE", 0.5)
+    monkeypatch.setattr(loader, "timeout", 1)
     started = time.monotonic()
     with pytest.raises(RunError, match="no batch from"):  # noqa: SIM117
-        with training(info, timeout=1).batches(np.arange(64), 32) as batches:
+        with loader.batches(np.arange(64), 32) as batches:
             next(batches)
     assert time.monotonic() - started < 10
     release.set()
+    while threading.active_count() > before:
+        time.sleep(0.01)
 
 
-def test_leaving_early_joins_the_thread(info):
-    loader = training(info)
+def test_leaving_early_joins_the_thread(loader):
     before = threading.active_count()
     for _ in range(5):
         with loader.batches(np.arange(256), 32) as batches:
@@ -119,7 +121,7 @@ import numpy as np, torch
 from rn50 import loaders
 info = loaders.find_rungs(sys.argv[1], "train")[96]
 loader = loaders.training_loader(info, batch_size=32, crop_scale=[0.35, 1], device=torch.device("cpu"), workers=2,
-                                 timeout=60)
+                                 timeout=300)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 for epoch in range(24):
@@ -143,11 +145,10 @@ def test_no_thread_or_memory_growth_over_20_epochs(betons):
     assert megabytes_after - megabytes_before < 40
 
 
-def test_ffcv_does_not_take_torchs_threads(info):
+def test_ffcv_does_not_take_torchs_threads(loader):
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        loader = loaders.training_loader(info, batch_size=16, crop_scale=[0.35, 1], device=CPU, workers=1, timeout=60)
         with loader.batches(np.arange(32), 32) as batches:
             assert torch.get_num_threads() == 3
             next(batches)

@@ -50,9 +50,9 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def long_tree(tmp_path_factory):
-    """Seconds of work from few files: 450 names for ten pictures of 1200x900."""
+    """Seconds of work from few files: 600 names for ten pictures of 1200x900."""
     root = tmp_path_factory.mktemp("long")
-    for k in range(450):
+    for k in range(600):
         path = root / "train" / CLASSES[k % 3] / f"{k}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         if k < 10:
@@ -309,6 +309,9 @@ def test_kill_9_at_random_points_changes_nothing(long_tree, long_result, tmp_pat
 def test_a_killed_worker_is_an_error_and_not_a_hang(long_tree, long_result, tmp_path):
     process = start(long_tree, tmp_path, *LONG)
     wait_for(lambda: journal_lines(tmp_path) > 1)
+    for pid in workers_of(process):
+        os.kill(pid, signal.SIGINT)  # Ctrl-C reaches the workers too, and is the parent's business alone
+    wait_for(lambda: journal_lines(tmp_path) > 2)
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 1

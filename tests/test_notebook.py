@@ -1,0 +1,38 @@
+"""The notebook runs from its first cell to its last, in short mode."""
+
+import os
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.conftest import ROOT
+
+PATH = ROOT / "notebooks" / "01_pipeline_test.ipynb"
+
+
+def test_it_runs_in_short_mode(textures, tmp_path, monkeypatch):
+    monkeypatch.setenv("IMAGENETTE_DIR", os.environ.get("IMAGENETTE_DIR") or str(textures))
+    monkeypatch.setenv("RN50_NOTEBOOK_SHORT", "1")
+    monkeypatch.setenv("RN50_NOTEBOOK_DIR", str(tmp_path))
+    notebook = nbformat.read(PATH, as_version=4)
+    NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(PATH.parent)}}).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.get("text", "") for output in outputs)
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    assert "epoch 3/3  48 px" in text
+    assert "<- headline" in text
+    assert pictures == 5
+    assert (Path(tmp_path) / "curves.png").stat().st_size > 10_000
+
+
+def test_it_is_committed_without_outputs():
+    notebook = nbformat.read(PATH, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") for cell in notebook.cells)
+
+
+@pytest.mark.parametrize("word", ["/home/", "/work/", "/root/"])
+def test_it_names_no_machine(word):
+    assert word not in PATH.read_text()
