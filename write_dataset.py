@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from contextlib import closing
+from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from types import SimpleNamespace
 
@@ -239,6 +240,7 @@ def _start_worker(job):
     ours, theirs = context.Pipe()
     arguments = (theirs, job.source, list(job.paths), job.encoding)
     process = context.Process(target=_work, args=arguments, daemon=True)
+    resource_tracker.ensure_running()  # start() does this too, and it unblocks SIGINT when it is done
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         process.start()

@@ -311,7 +311,8 @@ def test_a_killed_worker_is_an_error_and_not_a_hang(long_tree, long_result, tmp_
     wait_for(lambda: journal_lines(tmp_path) > 1)
     for pid in workers_of(process):
         os.kill(pid, signal.SIGINT)  # Ctrl-C reaches the workers too, and is the parent's business alone
-    wait_for(lambda: journal_lines(tmp_path) > 2)
+    wait_for(lambda: journal_lines(tmp_path) > 2 or process.poll() is not None)
+    assert process.poll() is None, process.communicate()[1]
     os.kill(workers_of(process)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 1
