@@ -9,8 +9,11 @@ Repeating a command continues the run where its last checkpoint is. Every key of
 
 import contextlib
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -23,7 +26,7 @@ from rn50.augment import color_jitter, normalize
 from rn50.config import choice, either, number, numbers, switch, text, whole
 from rn50.ema import EMA
 from rn50.errors import RunError, UsageError
-from rn50.evaluate import evaluate
+from rn50.evaluate import evaluate, report_lines
 from rn50.losses import cross_entropy
 from rn50.model import ARCHITECTURES, build_model
 from rn50.optimizer import build_optimizer, set_learning_rate
@@ -107,12 +110,11 @@ def main():
     check(cfg)
     device, rank, world_size = distributed.setup(cfg.training.device)
     try:
-        say = partial(print, flush=True) if rank == 0 else (lambda *args: None)
         check_batch(cfg, world_size)
-        run = Run(cfg, device, rank, world_size, say)
+        run = build_run(cfg, device, rank, world_size)
         if cfg.training.eval_only:
-            run.restore(checkpoint.load(cfg.training.checkpoint or run.folder / checkpoint.LAST), weights_only=True)
-            run.report(run.final_evaluation())
+            restore_weights(run, checkpoint.load(cfg.training.checkpoint or run.folder / checkpoint.LAST))
+            report(run, final_evaluation(run))
         else:
             fit(run)
     finally:
@@ -158,110 +160,87 @@ def check_batch(cfg, world_size):
         )
 
 
+@dataclass
 class Run:
-    """Everything a run has: network, optimizer, data and how far it has come."""
+    """What a run consists of, and how far it has come."""
 
-    def __init__(self, cfg, device, rank, world_size, say):
-        self.cfg, self.device, self.rank, self.world_size, self.say = cfg, device, rank, world_size, say
-        self.folder = Path(cfg.logging.folder) / cfg.logging.run_name
-        self.train_rungs = loaders.find_rungs(cfg.data.dir, "train")
-        self.val_rungs = loaders.find_rungs(cfg.data.dir, "val")
-        self.warn = lambda message: say(f"warning: {message}")
-        self.open_loaders = {}
-        self.epochs_done, self.step, self.images_seen, self.seconds = 0, 0, 0, 0.0
+    cfg: SimpleNamespace
+    device: torch.device
+    rank: int
+    world_size: int
+    folder: Path
+    say: Callable
+    train: loaders.Ladder
+    val: loaders.Ladder
+    network: torch.nn.Module  # bare, so that checkpoints have plain keys
+    model: torch.nn.Module  # the same, compiled and distributed as asked for
+    ema: EMA | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    autocast: Callable
+    epochs_done: int = 0
+    step: int = 0
+    images_seen: int = 0
+    seconds: float = 0.0
 
-        torch.manual_seed(cfg.training.seed)
-        format = torch.channels_last if cfg.training.channels_last else torch.contiguous_format
-        network = build_model(
-            arch=cfg.model.arch,
-            num_classes=next(iter(self.train_rungs.values())).num_classes,
-            blurpool=cfg.model.blurpool,
-            blur_maxpool=cfg.model.blur_maxpool,
-            zero_init_last_bn=cfg.model.zero_init_last_bn,
-        )
-        self.network = network.to(device, memory_format=format)
-        self.ema = EMA(self.network, half_life=cfg.model.ema_half_life) if cfg.model.ema_half_life else None
-        self.optimizer = build_optimizer(
-            self.network,
+    def warn(self, message):
+        self.say(f"warning: {message}")
+
+
+def build_run(cfg, device, rank, world_size):
+    """Open the data and make the network and its optimizer, all at their beginning."""
+    train, val = open_data(cfg, device)
+    torch.manual_seed(cfg.training.seed)
+    network = build_model(
+        arch=cfg.model.arch,
+        num_classes=train.rungs[max(train.rungs)].num_classes,
+        blurpool=cfg.model.blurpool,
+        blur_maxpool=cfg.model.blur_maxpool,
+        zero_init_last_bn=cfg.model.zero_init_last_bn,
+    )
+    layout = torch.channels_last if cfg.training.channels_last else torch.contiguous_format
+    network = network.to(device, memory_format=layout)
+    model = torch.compile(network) if cfg.training.compile else network
+    if world_size > 1:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    dtype = autocast_dtype(cfg.training.precision, device)
+    return Run(
+        cfg=cfg,
+        device=device,
+        rank=rank,
+        world_size=world_size,
+        folder=Path(cfg.logging.folder) / cfg.logging.run_name,
+        say=partial(print, flush=True) if rank == 0 else lambda *args: None,
+        train=train,
+        val=val,
+        network=network,
+        model=model,
+        ema=EMA(network, half_life=cfg.model.ema_half_life) if cfg.model.ema_half_life else None,
+        optimizer=build_optimizer(
+            network,
             momentum=cfg.training.momentum,
             nesterov=cfg.training.nesterov,
             weight_decay=cfg.training.weight_decay,
             decay=cfg.training.decay,
-        )
-        dtype = autocast_dtype(cfg.training.precision, device)
-        self.autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-        # the network itself stays bare, so that checkpoints have plain keys
-        self.model = torch.compile(self.network) if cfg.training.compile else self.network
-        if world_size > 1:
-            self.model = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
+        ),
+        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        autocast=partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32),
+    )
 
-    def loader(self, make, info, **settings):
-        """The one loader of a file, made when it is first needed."""
-        workers = self.cfg.data.workers or max(1, distributed.cores() // distributed.ranks_on_this_node())
-        timeout = 60 * self.cfg.data.timeout_minutes
-        if info.path not in self.open_loaders:
-            self.open_loaders[info.path] = make(info, device=self.device, workers=workers, timeout=timeout, **settings)
-        return self.open_loaders[info.path]
 
-    def state(self):
-        return {
-            "model": self.network.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epochs_done": self.epochs_done,
-            "step": self.step,
-            "images_seen": self.images_seen,
-            "seconds": self.seconds,
-            "config": config.to_dict(self.cfg),
-        }
-
-    def restore(self, state, weights_only=False):
-        """Take over a checkpoint's state; with `weights_only` just the weights, whatever recipe made them."""
-        try:
-            self.network.load_state_dict(state["model"])
-        except RuntimeError as error:
-            reason = str(error).splitlines()[-1].strip()
-            raise RunError(f"the checkpoint does not fit this model.arch and data: {reason}") from error
-        if state["ema"] is not None:
-            self.ema = self.ema or EMA(self.network, half_life=1)
-            self.ema.load_state_dict(state["ema"])
-        self.epochs_done, self.step = state["epochs_done"], state["step"]
-        if not weights_only:
-            refuse_changed_recipe(state["config"], config.to_dict(self.cfg), self.folder)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            self.images_seen, self.seconds = state["images_seen"], state["seconds"]
-
-    def evaluate(self, resolution, flip):
-        validation = self.cfg.validation
-        side = loaders.validation_rung(self.val_rungs, resolution, validation.crop_ratio, warn=self.warn)
-        info = self.val_rungs[side]
-        share = evaluation_share(info.num_samples, rank=self.rank, world_size=self.world_size)
-        loader = self.loader(
-            loaders.evaluation_loader, info, batch_size=validation.batch_size, crop_ratio=validation.crop_ratio
-        )
-        network = self.ema.model if self.ema else self.network
-        with loader.batches(share, resolution) as batches:
-            return evaluate(network, batches, device=self.device, autocast=self.autocast, flip=flip)
-
-    def final_evaluation(self):
-        """{resolution: {view: figures}} at every resolution of the config, single view and flip-averaged."""
-        return {resolution: self.evaluate(resolution, flip=True) for resolution in self.cfg.validation.resolutions}
-
-    def report(self, results):
-        validation = self.cfg.validation
-        weights = "EMA weights" if self.ema else "weights"
-        self.say(f"\nevaluation of the {weights} after epoch {self.epochs_done}, centre crop {validation.crop_ratio:g}")
-        for resolution, views in results.items():
-            for view, row in views.items():
-                headline = (resolution, view) == (validation.headline_resolution, validation.headline_view)
-                self.say(
-                    f"  {resolution} px  {view:6}  top-1 {row['top1']:6.2f} % "
-                    f"(95 %: {row['top1_low']:.2f} to {row['top1_high']:.2f})  top-5 {row['top5']:6.2f} %  "
-                    f"loss {row['val_loss']:.4f}  {row['images']} images{'  <- headline' if headline else ''}"
-                )
+def open_data(cfg, device):
+    """The ladders of the training and the validation split."""
+    common = {
+        "device": device,
+        "workers": cfg.data.workers or max(1, distributed.cores() // distributed.ranks_on_this_node()),
+        "timeout": 60 * cfg.data.timeout_minutes,
+    }
+    training, validation = cfg.training, cfg.validation
+    train = partial(loaders.training_loader, batch_size=training.micro_batch, crop_scale=cfg.data.crop_scale, **common)
+    val = partial(
+        loaders.evaluation_loader, batch_size=validation.batch_size, crop_ratio=validation.crop_ratio, **common
+    )
+    return loaders.Ladder(cfg.data.dir, "train", train), loaders.Ladder(cfg.data.dir, "val", val)
 
 
 def fit(run):
@@ -269,13 +248,13 @@ def fit(run):
     cfg = run.cfg
     saved = checkpoint.newest(run.folder, warn=run.warn)
     if saved:
-        run.restore(saved)
+        restore(run, saved)
         run.say(f"resuming {run.folder} after epoch {run.epochs_done} of {cfg.training.epochs}")
     log = None
     if run.rank == 0:
         make_folder(run.folder)
         environment = describe_environment(
-            device=run.device, world_size=run.world_size, betons=[*run.train_rungs.values(), *run.val_rungs.values()]
+            device=run.device, world_size=run.world_size, betons=[*run.train.rungs.values(), *run.val.rungs.values()]
         )
         log = RunLog(run.folder, config=config.to_dict(cfg), environment=environment, epochs_done=run.epochs_done)
     announce(run)
@@ -285,10 +264,10 @@ def fit(run):
         row = train_one_epoch(run, epoch)
         started = time.perf_counter()
         if last:
-            results = run.final_evaluation()
+            results = final_evaluation(run)
             row |= results[cfg.validation.headline_resolution][cfg.validation.headline_view]
         elif (epoch + 1) % cfg.validation.every == 0:
-            views = run.evaluate(cfg.validation.headline_resolution, flip=cfg.validation.headline_view == "flip")
+            views = evaluate_at(run, cfg.validation.headline_resolution, flip=cfg.validation.headline_view == "flip")
             row |= views[cfg.validation.headline_view]
         row |= {"val_seconds": round(time.perf_counter() - started, 3)}
         run.epochs_done = epoch + 1
@@ -296,7 +275,7 @@ def fit(run):
             if last:
                 row["evaluation"] = results
             log.add_epoch(row)
-            checkpoint.save(run.folder, run.state())
+            checkpoint.save(run.folder, state(run))
             accuracy = f"  top-1 {row['top1']:.2f} %" if "top1" in row else ""
             run.say(
                 f"epoch {epoch + 1}/{cfg.training.epochs}  {row['resolution']} px  loss {row['train_loss']:.3f}"
@@ -304,7 +283,7 @@ def fit(run):
                 f"{row['train_seconds']:.0f} s"
             )
         distributed.barrier()
-    run.report(results or run.final_evaluation())
+    report(run, results or final_evaluation(run))
     if log:
         log.close()
 
@@ -313,8 +292,13 @@ def train_one_epoch(run, epoch):
     """One pass over the training set; gives the epoch's row of the log."""
     cfg, training = run.cfg, run.cfg.training
     resolution = epoch_resolution(cfg, epoch)
-    side = loaders.training_rung(run.train_rungs, resolution, cfg.data.rung)
-    info = run.train_rungs[side]
+    side = loaders.training_rung(run.train.rungs, resolution, cfg.data.rung)
+    info = run.train.rungs[side]
+    steps = steps_per_epoch(info.num_samples, training.batch_size)
+    if steps == 0:
+        raise RunError(
+            f"training.batch_size={training.batch_size} is more than the {info.num_samples} images there are"
+        )
     order = loaders.epoch_order(info, loaders.choose_order(info, cfg.data.order), seed=training.seed, epoch=epoch)
     mine = rank_positions(
         order,
@@ -323,13 +307,8 @@ def train_one_epoch(run, epoch):
         rank=run.rank,
         world_size=run.world_size,
     )
-    steps = steps_per_epoch(info.num_samples, training.batch_size)
-    if steps == 0:
-        raise RunError(
-            f"training.batch_size={training.batch_size} is more than the {info.num_samples} images there are"
-        )
     accumulation = training.batch_size // (training.micro_batch * run.world_size)
-    loader = run.loader(loaders.training_loader, info, batch_size=training.micro_batch, crop_scale=cfg.data.crop_scale)
+    loader = run.train.loader(side)
     torch.manual_seed(augmentation_seed(training.seed, epoch, run.rank))
     run.model.train()
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
@@ -414,6 +393,66 @@ def forward_backward(run, images, labels, accumulation):
     return loss.detach()
 
 
+def evaluate_at(run, resolution, flip):
+    """Figures of the EMA's weights, or of the network's where there is no EMA: {view: figures}."""
+    ratio = run.cfg.validation.crop_ratio
+    side = loaders.validation_rung(run.val.rungs, resolution, ratio, warn=run.warn)
+    share = evaluation_share(run.val.rungs[side].num_samples, rank=run.rank, world_size=run.world_size)
+    network = run.ema.model if run.ema else run.network
+    with run.val.loader(side).batches(share, resolution) as batches:
+        return evaluate(network, batches, device=run.device, autocast=run.autocast, flip=flip)
+
+
+def final_evaluation(run):
+    """{resolution: {view: figures}} at every resolution of the config, single view and flip-averaged."""
+    return {resolution: evaluate_at(run, resolution, flip=True) for resolution in run.cfg.validation.resolutions}
+
+
+def report(run, results):
+    validation = run.cfg.validation
+    weights = "EMA weights" if run.ema else "weights"
+    run.say(f"\nevaluation of the {weights} after epoch {run.epochs_done}, centre crop {validation.crop_ratio:g}")
+    for line in report_lines(results, headline=(validation.headline_resolution, validation.headline_view)):
+        run.say(line)
+
+
+def state(run):
+    """The checkpoint of a run: tensors and plain values."""
+    return {
+        "model": run.network.state_dict(),
+        "ema": run.ema.state_dict() if run.ema else None,
+        "optimizer": run.optimizer.state_dict(),
+        "scaler": run.scaler.state_dict(),
+        "epochs_done": run.epochs_done,
+        "step": run.step,
+        "images_seen": run.images_seen,
+        "seconds": run.seconds,
+        "config": config.to_dict(run.cfg),
+    }
+
+
+def restore(run, saved):
+    """Continue where a checkpoint of the same recipe was written."""
+    refuse_changed_recipe(saved["config"], config.to_dict(run.cfg), run.folder)
+    restore_weights(run, saved)
+    run.optimizer.load_state_dict(saved["optimizer"])
+    run.scaler.load_state_dict(saved["scaler"])
+    run.step, run.images_seen, run.seconds = saved["step"], saved["images_seen"], saved["seconds"]
+
+
+def restore_weights(run, saved):
+    """Take over just the weights, whatever recipe made them."""
+    try:
+        run.network.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise RunError(f"the checkpoint does not fit this section 'model' and these classes: {reason}") from error
+    run.ema = (run.ema or EMA(run.network, half_life=1)) if saved["ema"] else None
+    if run.ema:
+        run.ema.load_state_dict(saved["ema"])
+    run.epochs_done = saved["epochs_done"]
+
+
 def without_reduction(model):
     """DDP adds up gradients over the ranks in the last micro-batch of a step only."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else contextlib.nullcontext()
@@ -461,7 +500,7 @@ def announce(run):
     cfg = run.cfg
     batch, micro = cfg.training.batch_size, cfg.training.micro_batch
     peak = schedules.peak_learning_rate(lr_per_256=cfg.lr.lr_per_256, batch_size=batch)
-    info = run.train_rungs[max(run.train_rungs)]
+    info = run.train.rungs[max(run.train.rungs)]
     accumulation = batch // (micro * run.world_size)
     run.say(
         f"{cfg.model.arch} on {run.device}, {info.num_samples} training images of {info.num_classes} classes, "

@@ -35,6 +35,18 @@ def evaluate(model, batches, *, device, autocast, flip=False):
     return {view: _figures(*row) for view, row in zip(views, sums.tolist(), strict=True)}
 
 
+def report_lines(results, *, headline):
+    """One line of text for each row of {resolution: {view: figures}}; `headline` is the (resolution, view) to mark."""
+    for resolution, views in results.items():
+        for view, row in views.items():
+            yield (
+                f"  {resolution} px  {view:6}  top-1 {row['top1']:6.2f} % "
+                f"(95 %: {row['top1_low']:.2f} to {row['top1_high']:.2f})  top-5 {row['top5']:6.2f} %  "
+                f"loss {row['val_loss']:.4f}  {row['images']} images"
+                f"{'  <- headline' if (resolution, view) == headline else ''}"
+            )
+
+
 def _figures(top1, top5, loss, images):
     low, high = wilson_interval(top1, images)
     return {

@@ -118,6 +118,22 @@ def evaluation_loader(info, *, batch_size, crop_ratio, device, workers, timeout)
     return BetonLoader(info, decoder, [], batch_size=batch_size, device=device, workers=workers, timeout=timeout)
 
 
+class Ladder:
+    """The rungs of one split, {max side: BetonInfo}, and one loader for each that is ever read.
+
+    `make_loader(info)` builds a loader; its ten seconds of compilation are spent when a rung is first needed.
+    """
+
+    def __init__(self, folder, split, make_loader):
+        self.rungs = find_rungs(folder, split)
+        self._make_loader, self._loaders = make_loader, {}
+
+    def loader(self, side):
+        if side not in self._loaders:
+            self._loaders[side] = self._make_loader(self.rungs[side])
+        return self._loaders[side]
+
+
 class BetonLoader:
     """One FFCV loader for one file, kept for the whole run: samples and resolution are given per epoch.
 

@@ -82,7 +82,7 @@ def describe_environment(*, device, world_size, betons):
         "world_size": world_size,
         "torch_threads": torch.get_num_threads(),
         "cpus": len(os.sched_getaffinity(0)),
-        "betons": {Path(info.path).name: (info.manifest or {}).get("sha256") for info in betons},
+        "betons": {Path(info.path).name: info.manifest and info.manifest["beton"]["sha256"] for info in betons},
     }
 
 

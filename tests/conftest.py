@@ -13,9 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(scope="session")
 def textures(tmp_path_factory):
-    """An ImageFolder tree: 10 classes, 40 training and 11 validation JPEGs each."""
+    """An ImageFolder tree: 10 classes, 20 training and 11 validation JPEGs each."""
     tree = tmp_path_factory.mktemp("textures") / "tree"
-    write_textures(tree, train_per_class=40, val_per_class=11)
+    write_textures(tree, train_per_class=20, val_per_class=11)
     return tree
 
 

@@ -106,10 +106,10 @@ def test_a_batch_that_does_not_come_is_an_error(loader, monkeypatch):
 def test_leaving_early_joins_the_thread(loader):
     before = threading.active_count()
     for _ in range(5):
-        with loader.batches(np.arange(256), 32) as batches:
+        with loader.batches(np.arange(200), 32) as batches:
             next(batches)
         assert threading.active_count() == before
-    with pytest.raises(KeyboardInterrupt), loader.batches(np.arange(256), 32) as batches:  # noqa: PT012
+    with pytest.raises(KeyboardInterrupt), loader.batches(np.arange(200), 32) as batches:  # noqa: PT012
         next(batches)
         raise KeyboardInterrupt
     assert threading.active_count() == before
