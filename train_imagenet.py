@@ -505,7 +505,7 @@ def announce(run):
     run.say(
         f"{cfg.model.arch} on {run.device}, {info.num_samples} training images of {info.num_classes} classes, "
         f"{cfg.training.epochs} epochs at {cfg.resolution.start} to {cfg.resolution.end} px; batch {batch} = "
-        f"{micro} x {run.world_size} GPU x {accumulation} accumulated, peak learning rate {peak:g}; "
+        f"{micro} x {run.world_size} ranks x {accumulation} accumulated, peak learning rate {peak:g}; "
         f"{loaders.choose_order(info, cfg.data.order)} order; run folder {run.folder}"
     )
 

@@ -168,7 +168,9 @@ class BetonLoader:
         self.decoder.output_size = (resolution, resolution)
         self.order.samples = samples
         torch_threads = torch.get_num_threads()
-        iterator = iter(self.loader)
+        # the thread could not write into buffers that a caller's inference mode had made
+        with torch.inference_mode(False):
+            iterator = iter(self.loader)
         torch.set_num_threads(torch_threads)
         try:
             yield self._guarded(iterator)

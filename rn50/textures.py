@@ -19,7 +19,7 @@ from PIL import Image
 from rn50 import errors
 
 # Part of every tree's description, so that a tree made by older code is not taken for today's.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 SPLITS = ("train", "val")
 
 
@@ -170,7 +170,7 @@ def _rings(x, y, rng):
 
 
 def _cells(x, y, rng):
-    _, shade = _nearest_point(x / 1.5, y / 1.5, 1.0, rng)
+    _, shade = _nearest_point(x, y, 1.0, rng)
     return shade
 
 
@@ -185,7 +185,8 @@ def _bricks(x, y, rng):
 
 def _clouds(x, y, rng):
     height, width = x.shape
-    return sum(_smooth_noise(height, width, 3 * 2**octave, rng) / 2**octave for octave in range(5))
+    # Large and soft: with finer octaves, and hardened, they would look like `_cells`.
+    return sum(_smooth_noise(height, width, 2 * 2**octave, rng) / 3**octave for octave in range(3))
 
 
 def _nearest_point(x, y, jitter, rng):

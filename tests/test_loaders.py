@@ -103,6 +103,11 @@ def test_a_batch_that_does_not_come_is_an_error(loader, monkeypatch):
         time.sleep(0.01)
 
 
+def test_a_caller_may_be_in_inference_mode(loader):
+    with torch.inference_mode(), loader.batches(np.arange(32), 32) as batches:
+        assert sum(len(labels) for _, labels in batches) == 32
+
+
 def test_leaving_early_joins_the_thread(loader):
     before = threading.active_count()
     for _ in range(5):

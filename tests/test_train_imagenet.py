@@ -167,14 +167,30 @@ def test_what_only_moves_a_run_may_change(finished):
 
 
 def test_two_ranks_evaluate_every_image_once_and_share_the_batch(betons, tmp_path):
+    """With bf16, BlurPool, colour jitter and page-aware order, which have no run of their own."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    result = run(betons, tmp_path, launcher=launcher, training__epochs=2, resolution__end=32, validation__every=2)
+    result = run(
+        betons,
+        tmp_path,
+        launcher=launcher,
+        training__epochs=2,
+        training__precision="bf16",
+        model__blurpool="true",
+        model__blur_maxpool="true",
+        resolution__end=32,
+        data__order="page",
+        data__brightness=0.4,
+        data__contrast=0.4,
+        data__saturation=0.4,
+        validation__every=2,
+    )
     assert result.returncode == 0, result.stderr
     first, last = read_rows(tmp_path / "small" / "log.jsonl")
     assert "top1" not in first
     assert last["images"] == 110
     assert (last["step"], last["images_seen"]) == (10, 400)
-    assert "20 x 2 GPU x 1 accumulated" in result.stdout
+    assert "20 x 2 ranks x 1 accumulated" in result.stdout
+    assert "page order" in result.stdout
     assert 1 < last["train_loss"] < 4
 
 

@@ -74,7 +74,8 @@ def run_names(runs):
 
 def draw(logs, names):
     """A matplotlib figure of four panels over epochs, one colour a run. `logs` are lists of rows as from `read_log`."""
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
+    # One range of epochs in all panels: accuracy may be measured in a few of them only.
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained", sharex=True)
     for axis, (title, keys) in zip(axes.flat, PANELS.items(), strict=True):
         drawn = set()
         for index, rows in enumerate(logs):
@@ -117,6 +118,7 @@ def save(figure, out):
 def _finish(axis, title, styles):
     axis.set_title(title, loc="left", fontsize=11)
     axis.set_xlabel("epoch")
+    axis.tick_params(labelbottom=True)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
