@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole job in small, offline: images -> .beton files -> training -> evaluation -> curves.
-#   bash tools/demo.sh                    ten classes of generated textures, about 4 minutes on 2 CPU cores
+#   bash tools/demo.sh                    ten classes of generated textures
 #   DATA=imagenette bash tools/demo.sh    Imagenette, from IMAGENETTE_DIR (train/ and val/ in it) or downloaded
 # Arguments go to train_imagenet.py. Everything is written to demo/; images and .beton files are kept.
 set -euo pipefail
