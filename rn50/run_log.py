@@ -12,6 +12,8 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
+from rn50.distributed import cores
+
 PACKAGES = ("rn50", "torch", "torchvision", "ffcv", "numpy", "numba", "opencv-python", "fastargs")
 
 
@@ -81,7 +83,7 @@ def describe_environment(*, device, world_size, betons):
         "cuda": torch.version.cuda,
         "world_size": world_size,
         "torch_threads": torch.get_num_threads(),
-        "cpus": len(os.sched_getaffinity(0)),
+        "cpus": cores(),
         "betons": {Path(info.path).name: info.manifest and info.manifest["beton"]["sha256"] for info in betons},
     }
 

@@ -11,7 +11,6 @@ it is given on any machine, busy or not. Only training counts; it resumes by epo
 import argparse
 import contextlib
 import json
-import os
 import time
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
-from rn50 import checkpoint, errors, schedules
+from rn50 import checkpoint, distributed, errors, schedules
 from rn50.augment import normalize
 from rn50.ema import EMA
 from rn50.errors import UsageError
@@ -32,7 +31,7 @@ from rn50.run_log import read_rows, write_atomically
 
 def main():
     args = arguments()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+    device, _, _ = distributed.setup("cpu")
     torch.manual_seed(args.seed)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +78,7 @@ def main():
             "total_cpu_seconds": round(spent, 3),
         }
         if spent >= budget:
-            row |= evaluate(ema.model, val, device=torch.device("cpu"), autocast=contextlib.nullcontext)["single"]
+            row |= evaluate(ema.model, val, device=device, autocast=contextlib.nullcontext)["single"]
         epoch += 1
         rows.append(row)
         write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
