@@ -9,14 +9,14 @@ bash tools/setup.sh
 python=.venv/bin/python
 
 # Processor time is counted, and threads that wait in a spin loop would be counted too.
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export OMP_WAIT_POLICY=passive
 $python write_dataset.py --source.dir="$IMAGENETTE_DIR" --out.dir=data/imagenette --out.resolutions=128,224
-$python train_imagenet.py --config-file rn50_configs/imagenette_cpu.yaml --data.workers=1
+$python train_imagenet.py --config-file rn50_configs/imagenette_cpu.yaml
 minutes=$($python - <<'PY'
 from rn50.run_log import read_rows
 print(sum(row["cpu_seconds"] for row in read_rows("runs/imagenette_cpu/log.jsonl")) / 60)
 PY
 )
-$python tools/baseline_torchvision.py --data "$IMAGENETTE_DIR" --resolution 64 --eval-resolution 80 \
-  --lr-per-256 0.3 --ema-half-life 60 --cpu-minutes "$minutes" --out runs/imagenette_baseline
+$python tools/baseline_torchvision.py --data "$IMAGENETTE_DIR" --resolution 80 --eval-resolution 96 \
+  --lr-per-256 0.2 --ema-half-life 60 --cpu-minutes "$minutes" --out runs/imagenette_baseline
 $python tools/plot_log.py runs/imagenette_cpu --out runs/imagenette_cpu/curves.png
