@@ -38,7 +38,7 @@ def main():
     train, val = data_loaders(args)
     network = build_model(arch="resnet50", num_classes=len(train.dataset.classes)).to(memory_format=torch.channels_last)
     ema = EMA(network, half_life=args.ema_half_life)
-    optimizer = build_optimizer(network, momentum=0.9, nesterov=False, weight_decay=args.weight_decay, decay="weights")
+    optimizer = build_optimizer(network, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, decay="weights")
     spent, epoch, budget = 0.0, 0, 60 * args.cpu_minutes
     saved = checkpoint.newest(out, warn=print)
     if saved:
@@ -120,8 +120,8 @@ def arguments():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr-per-256", type=float, default=0.2)
     parser.add_argument("--weight-decay", type=float, default=5e-4)
-    parser.add_argument("--warmup-share", type=float, default=0.1, help="of the minutes")
-    parser.add_argument("--ema-half-life", type=float, default=50, help="steps")
+    parser.add_argument("--warmup-share", type=float, default=1 / 12, help="of the minutes")
+    parser.add_argument("--ema-half-life", type=float, default=60, help="steps")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 

@@ -18,5 +18,5 @@ print(sum(row["cpu_seconds"] for row in read_rows("runs/imagenette_cpu/log.jsonl
 PY
 )
 $python tools/baseline_torchvision.py --data "$IMAGENETTE_DIR" --resolution 80 --eval-resolution 96 \
-  --lr-per-256 0.2 --ema-half-life 60 --cpu-minutes "$minutes" --out runs/imagenette_baseline
+  --lr-per-256 0.2 --cpu-minutes "$minutes" --out runs/imagenette_baseline
 $python tools/plot_log.py runs/imagenette_cpu --out runs/imagenette_cpu/curves.png
