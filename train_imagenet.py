@@ -15,14 +15,13 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from fastargs import Param, Section
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from rn50 import checkpoint, config, distributed, errors, loaders, schedules
-from rn50.augment import color_jitter, normalize
+from rn50.augment import color_jitter, jitter_factors, normalize
 from rn50.config import choice, either, number, numbers, switch, text, whole
 from rn50.ema import EMA
 from rn50.errors import RunError, UsageError
@@ -236,7 +235,13 @@ def open_data(cfg, device):
         "timeout": 60 * cfg.data.timeout_minutes,
     }
     training, validation = cfg.training, cfg.validation
-    train = partial(loaders.training_loader, batch_size=training.micro_batch, crop_scale=cfg.data.crop_scale, **common)
+    train = partial(
+        loaders.training_loader,
+        batch_size=training.micro_batch,
+        crop_scale=cfg.data.crop_scale,
+        seed=training.seed,
+        **common,
+    )
     val = partial(
         loaders.evaluation_loader, batch_size=validation.batch_size, crop_ratio=validation.crop_ratio, **common
     )
@@ -299,7 +304,8 @@ def train_one_epoch(run, epoch):
         raise RunError(
             f"training.batch_size={training.batch_size} is more than the {info.num_samples} images there are"
         )
-    order = loaders.epoch_order(info, loaders.choose_order(info, cfg.data.order), seed=training.seed, epoch=epoch)
+    kind = loaders.choose_order(info, cfg.data.order)
+    order = loaders.epoch_order(info, kind, seed=training.seed, epoch=epoch)
     mine = rank_positions(
         order,
         batch_size=training.batch_size,
@@ -309,13 +315,12 @@ def train_one_epoch(run, epoch):
     )
     accumulation = training.batch_size // (training.micro_batch * run.world_size)
     loader = run.train.loader(side)
-    torch.manual_seed(augmentation_seed(training.seed, epoch, run.rank))
     run.model.train()
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
     started = shown = printed = time.perf_counter()
     processor_started, waited = time.process_time(), 0.0
     with (
-        loader.batches(mine, resolution) as batches,
+        loader.batches(mine, resolution, epoch=epoch, read_ahead=kind == "page") as batches,
         tqdm(
             total=steps,
             desc=f"epoch {epoch + 1}/{training.epochs} {resolution} px",
@@ -333,6 +338,8 @@ def train_one_epoch(run, epoch):
                 images, labels = next(batches)
                 waited += time.perf_counter() - asked
                 synchronise = contextlib.nullcontext() if micro + 1 == accumulation else without_reduction(run.model)
+                first = (step * accumulation + micro) * training.micro_batch
+                images = jitter(cfg, images, mine[first : first + len(images)], epoch)
                 with synchronise:
                     loss_sum += forward_backward(run, images, labels, accumulation)
             run.scaler.step(run.optimizer)
@@ -376,16 +383,16 @@ def train_one_epoch(run, epoch):
     }
 
 
-def augmentation_seed(seed, epoch, rank):
-    """Seeds of different (seed, epoch, rank) are independent; sums of them would collide."""
-    return int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> 1)
+def jitter(cfg, images, samples, epoch):
+    """`images` with the colours that this epoch gives these samples."""
+    strengths = {name: getattr(cfg.data, name) for name in ("brightness", "contrast", "saturation")}
+    if not any(strengths.values()):
+        return images
+    return color_jitter(images, jitter_factors(samples, **strengths, seed=cfg.training.seed, epoch=epoch))
 
 
 def forward_backward(run, images, labels, accumulation):
     """Gradients of one micro-batch, scaled so that those of a step add up to the mean; gives its share of the loss."""
-    data = run.cfg.data
-    if data.brightness or data.contrast or data.saturation:
-        images = color_jitter(images, brightness=data.brightness, contrast=data.contrast, saturation=data.saturation)
     with run.autocast():
         logits = run.model(normalize(images))
     loss = cross_entropy(logits, labels, smoothing=run.cfg.training.label_smoothing) / accumulation

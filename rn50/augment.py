@@ -1,6 +1,9 @@
 """What happens to a batch of pixels on the device: colour jitter and normalisation."""
 
+import numpy as np
 import torch
+
+from rn50.seeded import JITTER, uniforms
 
 # Mean and standard deviation of ImageNet's training pixels in 0..255, as torchvision's reference code has them.
 IMAGENET_MEAN = (0.485 * 255, 0.456 * 255, 0.406 * 255)
@@ -16,32 +19,29 @@ def normalize(images, *, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return (images.float() - mean) / std
 
 
-def color_jitter(images, *, brightness, contrast, saturation):
-    """torchvision's ColorJitter for a batch, each image with factors of its own.
+def jitter_factors(samples, *, brightness, contrast, saturation, seed, epoch):
+    """torchvision's ColorJitter: float32 [n, 3], the factors of brightness, contrast and saturation of each sample.
 
-    images: uint8 or float [N, 3, H, W] in 0..255; gives float32 in the same range and memory format.
-    Every factor is uniform in [max(0, 1 - strength), 1 + strength]. The order is fixed (brightness, contrast,
-    saturation), where torchvision shuffles it per image.
+    Each is uniform in [max(0, 1 - strength), 1 + strength] and depends on (seed, epoch, sample) alone.
     """
-    images = images.float()
-    if brightness:
-        images = (images * _factors(images, brightness)).clamp_(0, 255)
-    if contrast:
-        images = _blend(images, _gray(images).mean(dim=(2, 3), keepdim=True), contrast)
-    if saturation:
-        images = _blend(images, _gray(images), saturation)
-    return images
+    strengths = np.array([brightness, contrast, saturation])
+    low = np.maximum(0, 1 - strengths)
+    draws = uniforms(samples, 3, seed=seed, epoch=epoch, purpose=JITTER)
+    return torch.from_numpy((low + draws * (1 + strengths - low)).astype(np.float32))
 
 
-def _blend(images, towards, strength):
-    return torch.lerp(towards, images, _factors(images, strength)).clamp_(0, 255)
+def color_jitter(images, factors):
+    """Change brightness, contrast and saturation of each image by its own factors.
+
+    images: uint8 or float [n, 3, H, W] in 0..255; gives float32 in the same range and memory format. factors: float
+    [n, 3]; 1 changes nothing. The order is fixed, where torchvision's ColorJitter shuffles it per image.
+    """
+    brightness, contrast, saturation = factors.to(images.device).view(len(images), 3, 1, 1, 1).unbind(1)
+    images = (images.float() * brightness).clamp_(0, 255)
+    images = torch.lerp(_gray(images).mean(dim=(2, 3), keepdim=True), images, contrast).clamp_(0, 255)
+    return torch.lerp(_gray(images), images, saturation).clamp_(0, 255)
 
 
 def _gray(images):
     luma = torch.tensor(LUMA, device=images.device).view(1, 3, 1, 1)
     return (images * luma).sum(dim=1, keepdim=True)
-
-
-def _factors(images, strength):
-    low = max(0.0, 1 - strength)
-    return torch.empty(len(images), 1, 1, 1, device=images.device).uniform_(low, 1 + strength)

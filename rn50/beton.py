@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from rn50.errors import RunError
+from rn50.native import index_jpeg
 from rn50.sources import decode_jpeg
 
 VERSION = 2
@@ -43,11 +44,15 @@ METADATA_START = HEADER.itemsize + len(FIELD_TYPES) * FIELD.itemsize
 
 
 def encode_image(rgb, quality):
-    """uint8 (height, width, 3) RGB -> the bytes of a baseline JPEG at `quality` (1-100)."""
+    """uint8 (height, width, 3) RGB -> a baseline JPEG at `quality` (1-100), and behind it the table of its tiles.
+
+    Every decoder stops before the table; the fast path (decode.py) begins decoding next to its crop with it.
+    """
     done, encoded = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not done:
         raise ValueError(f"OpenCV cannot encode a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels")
-    return encoded.tobytes()
+    jpeg = encoded.tobytes()
+    return jpeg + index_jpeg(jpeg)
 
 
 def shrink_image(rgb, max_side):

@@ -9,21 +9,24 @@ import queue
 import time
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 _torch_threads = torch.get_num_threads()
 
-from ffcv.fields.basics import IntDecoder  # noqa: E402 - importing ffcv sets torch to one thread
-from ffcv.fields.rgb_image import CenterCropRGBImageDecoder, RandomResizedCropRGBImageDecoder  # noqa: E402
+from ffcv.fields.basics import IntField  # noqa: E402 - importing ffcv sets torch to one thread
+from ffcv.fields.rgb_image import RGBImageField  # noqa: E402
 from ffcv.loader import Loader  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
-from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage  # noqa: E402
-from ffcv.traversal_order.base import TraversalOrder  # noqa: E402
+from ffcv.pipeline.graph import Graph  # noqa: E402
+from ffcv.pipeline.pipeline_spec import PipelineSpec  # noqa: E402
+from ffcv.transforms import ToDevice, ToTensor, ToTorchImage  # noqa: E402
 
 from rn50.beton import read_info  # noqa: E402
+from rn50.decode import CenterCropDecoder, LabelDecoder, RandomCropDecoder  # noqa: E402
 from rn50.errors import RunError  # noqa: E402
 from rn50.order import page_aware_order, random_order  # noqa: E402
 
@@ -104,25 +107,20 @@ def memory_bytes():
     return total
 
 
-def training_loader(info, *, batch_size, crop_scale, device, workers, timeout):
-    """Random resized crop (area within `crop_scale`, ratio 3/4 to 4/3) and horizontal flip."""
-    decoder = RandomResizedCropRGBImageDecoder((32, 32), scale=tuple(crop_scale))
-    return BetonLoader(
-        info, decoder, [RandomHorizontalFlip()], batch_size=batch_size, device=device, workers=workers, timeout=timeout
-    )
+def training_loader(info, *, batch_size, crop_scale, seed, device, workers, timeout):
+    """Random resized crop (area within `crop_scale`, ratio 3/4 to 4/3) and flip, by (seed, epoch, sample)."""
+    decoder = RandomCropDecoder(info, scale=crop_scale, seed=seed, threads=workers)
+    return BetonLoader(info, decoder, batch_size=batch_size, device=device, timeout=timeout)
 
 
 def evaluation_loader(info, *, batch_size, crop_ratio, device, workers, timeout):
-    """The centre square of `crop_ratio` x the short side, resized: torchvision's Resize(r / ratio), CenterCrop(r)."""
-    decoder = CenterCropRGBImageDecoder((32, 32), ratio=crop_ratio)
-    return BetonLoader(info, decoder, [], batch_size=batch_size, device=device, workers=workers, timeout=timeout)
+    """torchvision's Resize(round(resolution / crop_ratio)), antialiased, and CenterCrop(resolution)."""
+    decoder = CenterCropDecoder(info, ratio=crop_ratio, threads=workers)
+    return BetonLoader(info, decoder, batch_size=batch_size, device=device, timeout=timeout)
 
 
 class Ladder:
-    """The rungs of one split, {max side: BetonInfo}, and one loader for each that is ever read.
-
-    `make_loader(info)` builds a loader; its ten seconds of compilation are spent when a rung is first needed.
-    """
+    """The rungs of one split, {max side: BetonInfo}, and one loader for each that is ever read."""
 
     def __init__(self, folder, split, make_loader):
         self.rungs = find_rungs(folder, split)
@@ -135,42 +133,38 @@ class Ladder:
 
 
 class BetonLoader:
-    """One FFCV loader for one file, kept for the whole run: samples and resolution are given per epoch.
+    """One FFCV loader for one file, kept for the whole run: samples, epoch and resolution are given per pass.
 
-    `workers`: threads that decode. `timeout`: seconds after which a batch that has not come is an error.
+    `timeout`: seconds after which a batch that has not come is an error.
     """
 
-    def __init__(self, info, decoder, transforms, *, batch_size, device, workers, timeout):
+    def __init__(self, info, decoder, *, batch_size, device, timeout):
         self.info, self.decoder, self.timeout = info, decoder, timeout
-        self.order = _GivenOrder()
-        torch_threads = torch.get_num_threads()
+        to_device = ToDevice(device, non_blocking=True)
         self.loader = _Loader(
-            str(info.path),
-            batch_size=batch_size,
-            num_workers=workers,
-            order=self.order,
-            drop_last=False,
-            pipelines={
-                "image": [decoder, *transforms, ToTensor(), ToDevice(device, non_blocking=True), ToTorchImage()],
-                "label": [IntDecoder(), ToTensor(), ToDevice(device, non_blocking=True)],
+            {
+                "image": [decoder, ToTensor(), to_device, ToTorchImage()],
+                "label": [LabelDecoder(info), ToTensor(), ToDevice(device, non_blocking=True)],
             },
+            batch_size=batch_size,
+            read_ahead=_ReadAhead(info),
         )
-        torch.set_num_threads(torch_threads)
 
     @contextmanager
-    def batches(self, samples, resolution):
+    def batches(self, samples, resolution, *, epoch=0, read_ahead=False):
         """`with loader.batches(samples, resolution) as batches:` iterates over the sample indices in that order.
 
         Gives (images uint8 [n, 3, resolution, resolution] channels_last, labels int64 [n]) on the device, valid
-        until the next batch is asked for. Whatever ends the block, the loader thread is joined. Raises RunError
-        if the thread fails or no batch comes for `timeout` seconds.
+        until the next batch is asked for. `epoch` chooses the crops of a training loader. `read_ahead`: `samples` go
+        page by page, so the pages that come next are worth reading now. Whatever ends the block, the loader thread is
+        joined. Raises RunError if the thread fails or no batch comes for `timeout` seconds.
         """
-        self.decoder.output_size = (resolution, resolution)
-        self.order.samples = samples
+        self.decoder.size, self.decoder.epoch = resolution, epoch
+        self.loader.memory_manager.enabled = read_ahead
         torch_threads = torch.get_num_threads()
         # the thread could not write into buffers that a caller's inference mode had made
         with torch.inference_mode(False):
-            iterator = iter(self.loader)
+            iterator = _Iterator(self.loader, samples)
         torch.set_num_threads(torch_threads)
         try:
             yield self._guarded(iterator)
@@ -198,24 +192,63 @@ class BetonLoader:
             waiting_since = time.monotonic()
 
 
-class _GivenOrder(TraversalOrder):
-    """The samples that the epoch was given. FFCV calls an order that it was handed with the loader, hence __call__."""
+class _Loader(Loader):
+    """FFCV's pipeline for decoders that need no compiling.
 
-    def __init__(self):
-        self.samples = None
+    Loader.__init__ is not called: it fills Python dictionaries with every sample (half a gigabyte for ImageNet) and
+    compiles for ten seconds.
+    """
 
-    def __call__(self, loader):
-        self.samples = loader.indices
+    def __init__(self, pipelines, *, batch_size, read_ahead):
+        self.batch_size, self.batches_ahead, self.num_workers = batch_size, 3, 1
+        self.memory_manager = read_ahead
+        self.reader = SimpleNamespace(metadata={"f0": None, "f1": None})
+        specs = {name: PipelineSpec(name, transforms=operations) for name, operations in pipelines.items()}
+        handlers, numbers = {"image": RGBImageField(), "label": IntField()}, {"image": 0, "label": 1}
+        self.graph = Graph(specs, handlers, numbers, self.reader.metadata, None)
+        compiling = Compiler.is_enabled
+        Compiler.set_enabled(False)
+        try:
+            self.generate_code()
+        finally:
+            Compiler.set_enabled(compiling)
+
+
+class _ReadAhead:
+    """In FFCV's place for a memory manager: asks the system for the pages of the next window while this one is read.
+
+    Pages come evenly over the epoch, a window (PAGES_IN_WINDOW) before they are needed.
+    """
+
+    state = None
+
+    def __init__(self, info):
+        self._file = os.open(info.path, os.O_RDONLY)
+        self._page_size, self._page_of = info.page_size, info.data_ptrs // info.page_size
+        self.enabled = False
+
+    def schedule_epoch(self, batches):
+        self._pages, self._asked, self._batches = [], 0, len(batches)
+        if self.enabled:
+            pages = self._page_of[np.concatenate(batches)]
+            _, first = np.unique(pages, return_index=True)
+            self._pages = pages[np.sort(first)].tolist()
         return self
 
-    def sample_order(self, epoch):
-        return self.samples
+    def start_batch(self, number):
+        wanted = PAGES_IN_WINDOW + len(self._pages) * (number + 1) // self._batches
+        for page in self._pages[self._asked : wanted]:
+            os.posix_fadvise(self._file, page * self._page_size, self._page_size, os.POSIX_FADV_WILLNEED)
+        self._asked = max(self._asked, wanted)
 
+    def __enter__(self):
+        return self
 
-class _Loader(Loader):
-    def __iter__(self):
-        Compiler.set_num_threads(self.num_workers)
-        return _Iterator(self, self.next_traversal_order())
+    def __exit__(self, *error):
+        return None
+
+    def __del__(self):
+        os.close(self._file)
 
 
 class _Iterator(EpochIterator):

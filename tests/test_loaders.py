@@ -1,5 +1,6 @@
 """FFCV behind a fence: right samples, no hang, no leak, the right file for a resolution."""
 
+import io
 import os
 import shutil
 import subprocess
@@ -8,10 +9,11 @@ import threading
 import time
 from types import SimpleNamespace
 
-import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torchvision import transforms
 
 from rn50 import loaders
 from rn50.errors import RunError
@@ -26,9 +28,11 @@ def info(betons):
 
 @pytest.fixture(scope="module")
 def loader(betons):
-    """One for all tests, as for all epochs of a run: each has ten seconds of its code to compile."""
+    """One for all tests, as for all epochs of a run."""
     info = loaders.find_rungs(betons, "train")[64]
-    return loaders.training_loader(info, batch_size=16, crop_scale=[0.35, 1], device=CPU, workers=2, timeout=300)
+    return loaders.training_loader(
+        info, batch_size=16, crop_scale=[0.35, 1], seed=0, device=CPU, workers=2, timeout=300
+    )
 
 
 def test_batches_are_the_given_samples_at_the_given_resolution(loader):
@@ -46,29 +50,77 @@ def test_batches_are_the_given_samples_at_the_given_resolution(loader):
             assert images.float().std() > 10
 
 
-def test_training_crops_differ_between_epochs_and_some_are_mirrored(loader):
-    seen = []
-    for _ in range(2):
-        with loader.batches(np.arange(16), 32) as batches:
-            seen.append(next(batches)[0].clone())
-    assert (seen[0] != seen[1]).float().mean() > 0.5
+def test_crops_depend_on_seed_epoch_and_sample_alone(betons):
+    """Not on threads, batch size, what was read before, or where in the order a sample is."""
+    info = loaders.find_rungs(betons, "train")[96]
+
+    def read(samples, *, seed=0, epoch=3, batch_size=16, workers=1, earlier=()):
+        loader = loaders.training_loader(
+            info, batch_size=batch_size, crop_scale=[0.1, 1], seed=seed, device=CPU, workers=workers, timeout=60
+        )
+        for other in earlier:
+            with loader.batches(np.arange(20), 64, epoch=other) as batches:
+                next(batches)
+        with loader.batches(np.array(samples), 48, epoch=epoch) as batches:
+            images = torch.cat([images.clone() for images, _ in batches])
+        return dict(zip(samples, images, strict=True))
+
+    samples = np.random.default_rng(0).permutation(info.num_samples)[:50].tolist()
+    first = read(samples)
+    for other in (
+        read(samples, workers=4),
+        read(samples[::-1], batch_size=7, workers=2),
+        read(samples[20:30], earlier=[0, 1]),
+    ):
+        assert all(torch.equal(first[sample], image) for sample, image in other.items())
+    for other in (read(samples, epoch=4), read(samples, seed=1)):
+        assert all(not torch.equal(first[sample], image) for sample, image in other.items())
 
 
-def test_evaluation_is_the_centre_crop_of_the_stored_image(betons):
+def test_evaluation_is_torchvisions_resize_and_centre_crop(betons):
     info = loaders.find_rungs(betons, "val")[96]
     loader = loaders.evaluation_loader(info, batch_size=4, crop_ratio=0.875, device=CPU, workers=1, timeout=300)
     with loader.batches(np.arange(4), 40) as batches:
         images, _ = next(batches)
     data = np.fromfile(info.path, np.uint8)
+    reference = transforms.Compose([transforms.Resize(46), transforms.CenterCrop(40)])
     for index, image in enumerate(images):
-        stored = cv2.imdecode(data[int(info.data_ptrs[index]) :][:200_000], cv2.IMREAD_COLOR)[:, :, ::-1]
-        height, width = stored.shape[:2]
-        assert (height, width) == (info.heights[index], info.widths[index])
-        side = int(0.875 * min(height, width))
-        top, left = (height - side) // 2, (width - side) // 2
-        expected = cv2.resize(stored[top : top + side, left : left + side], (40, 40), interpolation=cv2.INTER_AREA)
-        # FFCV decodes with the fast inverse transform, OpenCV with the exact one
-        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 1.5
+        start, size = int(info.data_ptrs[index]), int(info.sizes[index])
+        expected = np.asarray(reference(Image.open(io.BytesIO(data[start : start + size].tobytes()))))
+        # textures: saturated noise, where chroma differs more than in photographs (tests/test_decode.py has those)
+        assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 2
+
+
+def test_the_first_batch_comes_at_once(betons):
+    """Stock FFCV compiles for ten seconds. The limit is the issue's, generous for a busy machine."""
+    info = loaders.find_rungs(betons, "train")[96]
+    started = time.monotonic()
+    loader = loaders.training_loader(
+        info, batch_size=16, crop_scale=[0.1, 1], seed=0, device=CPU, workers=1, timeout=60
+    )
+    for resolution in (64, 96):
+        with loader.batches(np.arange(32), resolution) as batches:
+            next(batches)
+    assert time.monotonic() - started < 3
+
+
+def test_pages_are_asked_for_a_window_ahead(betons, monkeypatch):
+    info = loaders.find_rungs(betons, "train")[96]
+    asked = []
+    monkeypatch.setattr(loaders, "PAGES_IN_WINDOW", 2)
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, length)))
+    ahead = loaders._ReadAhead(info)
+    ahead._page_of = np.array([5, 5, 3, 3, 9, 9, 7, 7])
+    with ahead.schedule_epoch([np.array([0, 1]), np.array([2])]):
+        ahead.start_batch(0)
+    assert asked == []
+    ahead.enabled = True
+    with ahead.schedule_epoch([np.array([4, 5]), np.array([0, 1]), np.array([2, 3]), np.array([6, 7])]):
+        seen = []
+        for number in range(4):
+            ahead.start_batch(number)
+            seen.append([start // info.page_size for start, _ in asked])
+    assert seen == [[9, 5, 3], [9, 5, 3, 7], [9, 5, 3, 7], [9, 5, 3, 7]]
 
 
 def test_an_exception_of_the_loader_thread_reaches_the_training_loop(loader, monkeypatch):
@@ -125,8 +177,8 @@ import os, sys, threading
 import numpy as np, torch
 from rn50 import loaders
 info = loaders.find_rungs(sys.argv[1], "train")[96]
-loader = loaders.training_loader(info, batch_size=32, crop_scale=[0.35, 1], device=torch.device("cpu"), workers=2,
-                                 timeout=300)
+loader = loaders.training_loader(info, batch_size=32, crop_scale=[0.35, 1], seed=0, device=torch.device("cpu"),
+                                 workers=2, timeout=300)
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 for epoch in range(24):

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
 DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
+SETUP_INPUTS = ("pyproject.toml", "requirements.lock", "setup.py", "rn50/csrc/decode.c")
 CONDA_NAMES = {"torch": "pytorch", "opencv-python": "opencv"}
 
 
@@ -119,12 +120,16 @@ def test_set_up_installs_once_and_again_when_its_inputs_change(tmp_path):
     assert installs(tmp_path) == first
 
     (copy / ".venv" / "kept").touch()
-    for name in ("pyproject.toml", "requirements.lock"):
+    for name in SETUP_INPUTS:
         before = len(installs(tmp_path))
         with open(copy / name, "a") as file:
             file.write("# changed\n")
         run_script(copy / "tools/setup.sh", **fake)
         assert len(installs(tmp_path)) == before + len(first)
+    before = len(installs(tmp_path))
+    (copy / "rn50" / "_decode.built.so").unlink()
+    run_script(copy / "tools/setup.sh", **fake)
+    assert len(installs(tmp_path)) == before + len(first)
     assert (copy / ".venv" / "kept").exists()
 
 
@@ -196,12 +201,14 @@ def test_scripts_are_executable_and_stop_at_the_first_failure():
 def copy_of_tree(folder, finished_for=None):
     """What set-up reads, in a new folder; with `finished_for`, a .venv as if set-up had ended for that version."""
     (folder / "tools").mkdir(parents=True)
-    for name in ("pyproject.toml", "requirements.lock", "tools/setup.sh", "tools/demo.sh"):
+    (folder / "rn50" / "csrc").mkdir(parents=True)
+    for name in (*SETUP_INPUTS, "tools/setup.sh", "tools/demo.sh"):
         shutil.copy(ROOT / name, folder / name)
+    (folder / "rn50" / "_decode.built.so").touch()
     if finished_for:
         (folder / ".venv" / "bin").mkdir(parents=True)
         (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)
-        inputs = "".join((folder / name).read_text() for name in ("pyproject.toml", "requirements.lock"))
+        inputs = "".join((folder / name).read_text() for name in SETUP_INPUTS)
         digest = subprocess.run(["sha256sum"], input=inputs, capture_output=True, text=True, check=True).stdout[:64]
         (folder / ".venv" / "rn50-setup-done").write_text(f"{folder} {finished_for} {digest}\n")
     return folder
@@ -211,8 +218,10 @@ def fake_machine(folder):
     """Environment with a Python, pip and compiler that only note in `folder/pip.log` what they were asked for."""
     tools = folder / "bin"
     tools.mkdir()
-    for name in ("g++", "pkg-config"):
-        (tools / name).symlink_to(shutil.which("true"))
+    (tools / "pkg-config").symlink_to(shutil.which("true"))
+    compiler = tools / "g++"
+    compiler.write_text("#!/bin/bash\ncat >/dev/null\n")  # one that does not read would break the script's pipe
+    compiler.chmod(0o755)
     python = tools / "python-for-test"
     python.write_text(
         "#!/bin/bash\n"

@@ -1,0 +1,26 @@
+"""The C source of the fast path, compiled twice on x86-64; rn50/native.py takes the one that the processor can run."""
+
+import platform
+
+from setuptools import Extension, setup
+
+FLAGS = [
+    "-std=gnu11",
+    "-O3",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+]
+VARIANTS = {"_decode": [], "_decode_v3": ["-march=x86-64-v3"]}
+if platform.machine() != "x86_64":
+    del VARIANTS["_decode_v3"]
+
+setup(
+    ext_modules=[
+        Extension(f"rn50.{name}", ["rn50/csrc/decode.c"], extra_compile_args=FLAGS + flags, libraries=["m", "pthread"])
+        for name, flags in VARIANTS.items()
+    ]
+)
