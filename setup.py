@@ -20,7 +20,13 @@ if platform.machine() != "x86_64":
 
 setup(
     ext_modules=[
-        Extension(f"rn50.{name}", ["rn50/csrc/decode.c"], extra_compile_args=FLAGS + flags, libraries=["m", "pthread"])
+        Extension(
+            f"rn50.{name}",
+            ["rn50/csrc/decode.c"],
+            depends=["rn50/csrc/decode.h"],
+            extra_compile_args=FLAGS + flags,
+            libraries=["m", "pthread"],
+        )
         for name, flags in VARIANTS.items()
     ]
 )

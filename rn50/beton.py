@@ -48,11 +48,16 @@ def encode_image(rgb, quality):
 
     Every decoder stops before the table; the fast path (decode.py) begins decoding next to its crop with it.
     """
+    jpeg = encode_jpeg(rgb, quality)
+    return jpeg + index_jpeg(jpeg)
+
+
+def encode_jpeg(rgb, quality):
+    """uint8 (height, width, 3) RGB -> the bytes of a baseline JPEG at `quality` (1-100)."""
     done, encoded = cv2.imencode(".jpg", cv2.cvtColor(rgb, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
     if not done:
         raise ValueError(f"OpenCV cannot encode a picture of {rgb.shape[1]}x{rgb.shape[0]} pixels")
-    jpeg = encoded.tobytes()
-    return jpeg + index_jpeg(jpeg)
+    return encoded.tobytes()
 
 
 def shrink_image(rgb, max_side):

@@ -72,7 +72,7 @@ class _CropDecoder(SimpleRGBImageDecoder):
         self.info, self.threads, self.size = info, threads, 32
         self._file = np.memmap(info.path, np.uint8, mode="r")
 
-    def crops(self, samples):
+    def crops(self, samples, widths, heights):
         raise NotImplementedError
 
     def declare_state_and_memory(self, previous_state):
@@ -88,9 +88,10 @@ class _CropDecoder(SimpleRGBImageDecoder):
 
     def decode(self, samples, out, *, nanoseconds=None):
         """The images of `samples`, int64 [n], into out, uint8 [n, size, size, 3]. RunError names a corrupt one."""
-        info, crops = self.info, self.crops(samples)
+        info, widths, heights = self.info, self.info.widths[samples], self.info.heights[samples]
+        crops = self.crops(samples, widths, heights)
         addresses = self._file.ctypes.data + info.data_ptrs[samples]
-        stored = (info.sizes[samples], info.widths[samples], info.heights[samples])
+        stored = (info.sizes[samples], widths, heights)
         raw = info.modes[samples] == RAW
         status = native.decode_batch(addresses, *stored, raw, crops, out, threads=self.threads, nanoseconds=nanoseconds)
         for k in np.flatnonzero(status):
@@ -125,16 +126,9 @@ class RandomCropDecoder(_CropDecoder):
         super().__init__(info, threads=threads)
         self.scale, self.seed, self.epoch = tuple(scale), seed, 0
 
-    def crops(self, samples):
-        info = self.info
+    def crops(self, samples, widths, heights):
         return random_crops(
-            info.widths[samples],
-            info.heights[samples],
-            samples,
-            size=self.size,
-            scale=self.scale,
-            seed=self.seed,
-            epoch=self.epoch,
+            widths, heights, samples, size=self.size, scale=self.scale, seed=self.seed, epoch=self.epoch
         )
 
 
@@ -145,8 +139,8 @@ class CenterCropDecoder(_CropDecoder):
         super().__init__(info, threads=threads)
         self.ratio = ratio
 
-    def crops(self, samples):
-        return center_crops(self.info.widths[samples], self.info.heights[samples], size=self.size, ratio=self.ratio)
+    def crops(self, samples, widths, heights):
+        return center_crops(widths, heights, size=self.size, ratio=self.ratio)
 
 
 class LabelDecoder(IntDecoder):

@@ -1,23 +1,9 @@
 /* Decodes and indexes damaged copies of the given files: fuzz ROUNDS FILE... Prints how many decoded and failed. */
-#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-struct crop { double x, y, scale_x, scale_y; int32_t x0, y0, x1, y1, flip, unused; };
-struct batch {
-    const uint8_t *const *data;
-    const uint64_t *bytes;
-    const uint16_t *widths, *heights;
-    const uint8_t *raw;
-    const struct crop *crops;
-    int32_t count, size;
-    uint8_t *out;
-    int32_t *status;
-    int64_t *nanoseconds;
-};
-int rn50_decode(const struct batch *batch, int threads);
-int64_t rn50_index(const uint8_t *data, size_t size, int tile, uint8_t *table, size_t room);
+#include "../rn50/csrc/decode.h"
 
 static uint32_t state = 1;
 static uint32_t below(uint32_t limit) {
@@ -45,7 +31,7 @@ int main(int argc, char **argv) {
             uint16_t width = 90, height = 70;
             int x0 = (int)below(90), y0 = (int)below(70), x1 = x0 + 1 + (int)below(90 - (uint32_t)x0);
             int y1 = y0 + 1 + (int)below(70 - (uint32_t)y0), out_size = 1 + (int)below(40);
-            struct crop crop = {x0, y0, (x1 - x0) / (double)out_size, (y1 - y0) / (double)out_size, x0, y0, x1, y1, round & 1, 0};
+            struct crop crop = {x0, y0, (x1 - x0) / (double)out_size, (y1 - y0) / (double)out_size, {x0, y0, x1, y1}, round & 1, 0};
             uint8_t *out = malloc((size_t)out_size * (size_t)out_size * 3), raw = 0;
             uint64_t bytes = kept;
             int32_t status;

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
 DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
-SETUP_INPUTS = ("pyproject.toml", "requirements.lock", "setup.py", "rn50/csrc/decode.c")
+SETUP_INPUTS = ("pyproject.toml", "requirements.lock", "setup.py", "rn50/csrc/decode.c", "rn50/csrc/decode.h")
 CONDA_NAMES = {"torch": "pytorch", "opencv-python": "opencv"}
 
 

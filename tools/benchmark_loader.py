@@ -10,6 +10,7 @@ stored JPEGs, takes a random resized crop, flips and gives uint8 batches in memo
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from rn50 import beton, decode, errors, loaders, native
+from rn50.distributed import cores
 from rn50.errors import RunError
 from rn50.sources import EXTENSIONS, decode_image
 
@@ -55,26 +57,26 @@ def main():
         for _ in range(args.repeats):
             for name, run in passes.items():
                 started = time.perf_counter()
-                run()
-                speeds[name].append(count / (time.perf_counter() - started))
+                images = run()
+                speeds[name].append(images / (time.perf_counter() - started))
         report(args, count, speeds)
         if args.profile:
             profile(folder, args)
 
 
 def write_files(images, folder, copies):
-    """stock.beton, tiled.beton and tree/all/*.jpg with the same pictures in the same JPEG bytes."""
+    """tiled.beton, untiled.beton and tree/all/*.jpg with the same pictures in the same JPEG bytes."""
     paths = sorted(path for path in Path(images).iterdir() if path.suffix.lower() in EXTENSIONS)
     if not paths:
         raise RunError(f"{images} holds no images")
     pictures = [beton.shrink_image(decode_image(path.read_bytes()), MAX_SIDE) for path in paths]
-    stored = [beton.encode_image(picture, QUALITY) for picture in pictures]
-    plain = [jpeg[: jpeg.rindex(b"\xff\xd9") + 2] for jpeg in stored]
+    plain = [beton.encode_jpeg(picture, QUALITY) for picture in pictures]
+    stored = [jpeg + native.index_jpeg(jpeg) for jpeg in plain]
     (folder / "tree" / "all").mkdir(parents=True)
     for k, jpeg in enumerate(plain):
         (folder / "tree" / "all" / f"{k:05}.jpg").write_bytes(jpeg)
     sizes = {}
-    for name, data in (("train_1", stored), ("train_2", plain)):
+    for name, data in (("tiled", stored), ("untiled", plain)):
         path = folder / f"{name}.beton"
         total = len(data) * copies
         ladder = beton.LadderWriter(
@@ -86,36 +88,38 @@ def write_files(images, folder, copies):
         ladder.finish({MAX_SIDE: {"classes": CLASSES, "settings": {"max_side": MAX_SIDE}}})
         sizes[name] = sum(map(len, data))
     print(
-        f"{len(paths)} images, {sizes['train_2'] / len(paths) / 1000:.1f} kB each; "
-        f"with their tables {sizes['train_1'] / sizes['train_2'] - 1:+.2%}"
+        f"{len(paths)} images, {sizes['untiled'] / len(paths) / 1000:.1f} kB each; "
+        f"with their tables {sizes['tiled'] / sizes['untiled'] - 1:+.2%}"
     )
     return len(paths) * copies
 
 
-def rn50_pass(folder, args, name="train_1"):
-    info = beton.read_info(folder / f"{name}.beton")
-    loader = loaders.training_loader(
+def our_loader(info, args):
+    return loaders.training_loader(
         info,
         batch_size=BATCH,
         crop_scale=(0.08, 1),
         seed=0,
         device=torch.device("cpu"),
         workers=args.threads,
-        timeout=60,
+        timeout=600,
     )
-    epochs = iter(range(1 << 30))
+
+
+def rn50_pass(folder, args, name="tiled"):
+    info = beton.read_info(folder / f"{name}.beton")
+    loader, epochs = our_loader(info, args), itertools.count()
 
     def run():
-        order = np.random.default_rng(0).permutation(info.num_samples)
+        order = loaders.epoch_order(info, "random", seed=0, epoch=0)
         with loader.batches(order, args.resolution, epoch=next(epochs)) as batches:
-            for _ in batches:
-                pass
+            return consume(batches)
 
     return run
 
 
 def untiled_pass(folder, args):
-    return rn50_pass(folder, args, "train_2")
+    return rn50_pass(folder, args, "untiled")
 
 
 def ffcv_pass(folder, args):
@@ -127,7 +131,7 @@ def ffcv_pass(folder, args):
 
     size = (args.resolution, args.resolution)
     loader = Loader(
-        str(folder / "train_2.beton"),
+        str(folder / "untiled.beton"),
         batch_size=BATCH,
         num_workers=args.threads,
         order=OrderOption.RANDOM,
@@ -139,11 +143,7 @@ def ffcv_pass(folder, args):
         },
     )
 
-    def run():
-        for _ in loader:
-            pass
-
-    return run
+    return lambda: consume(loader)
 
 
 def pil_pass(folder, args):
@@ -168,6 +168,11 @@ def v2_pass(folder, args):
     return torch_pass(datasets.ImageFolder(folder / "tree", steps, loader=load), args)
 
 
+def consume(batches):
+    """How many images the batches held."""
+    return sum(len(batch[0]) for batch in batches)
+
+
 def torch_pass(dataset, args):
     workers = 0 if args.threads == 1 else args.threads
     dataset.samples *= args.copies
@@ -175,11 +180,7 @@ def torch_pass(dataset, args):
         dataset, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
     )
 
-    def run():
-        for _ in loader:
-            pass
-
-    return run
+    return lambda: consume(loader)
 
 
 def dali_is_there():
@@ -198,7 +199,10 @@ def dali_pass(filter_name):
 
         interpolation = types.INTERP_TRIANGULAR if filter_name == "triangular" else types.INTERP_LINEAR
 
-        @pipeline_def(batch_size=BATCH, num_threads=args.threads, device_id=None, prefetch_queue_depth=2)
+        # Without prefetching, which would go on during the next loader's pass.
+        @pipeline_def(
+            batch_size=BATCH, num_threads=args.threads, device_id=None, exec_async=False, exec_pipelined=False
+        )
         def pipeline():
             jpegs, labels = fn.readers.file(file_root=str(folder / "tree"), random_shuffle=True, name="reader")
             images = fn.decoders.image_random_crop(
@@ -217,8 +221,7 @@ def dali_pass(filter_name):
         batches = -(-len(list((folder / "tree" / "all").iterdir())) * args.copies // BATCH)
 
         def run():
-            for _ in range(batches):
-                made.run()
+            return sum(len(made.run()[0]) for _ in range(batches))  # its last batch is a full one
 
         return run
 
@@ -249,7 +252,7 @@ def report(args, count, speeds):
 
 def profile(folder, args):
     """Where our time goes, in microseconds of one core per image."""
-    info = beton.read_info(folder / "train_1.beton")
+    info = beton.read_info(folder / "tiled.beton")
     decoder = decode.RandomCropDecoder(info, scale=(0.08, 1), seed=0, threads=1)
     decoder.size = args.resolution
     spent, crops, read = np.zeros(len(native.PHASES), np.int64), 0.0, 0.0
@@ -260,7 +263,7 @@ def profile(folder, args):
         decoder.epoch = epoch
         for samples in batches:
             started = time.perf_counter()
-            decoder.crops(samples)
+            decoder.crops(samples, info.widths[samples], info.heights[samples])
             crops += time.perf_counter() - started
             started = time.perf_counter()
             for k in samples:
@@ -278,37 +281,24 @@ def profile(folder, args):
 
 def cold(folder, args):
     """One pass over a file that is not in memory, in page-aware order."""
-    run_info = beton.read_info(folder / "train_1.beton")
-    loader = loaders.training_loader(
-        run_info,
-        batch_size=BATCH,
-        crop_scale=(0.08, 1),
-        seed=0,
-        device=torch.device("cpu"),
-        workers=args.threads,
-        timeout=600,
-    )
+    info = beton.read_info(folder / "tiled.beton")
+    loader = our_loader(info, args)
     rates = []
     for epoch in range(args.repeats):
-        with open(run_info.path, "rb") as file:
+        with open(info.path, "rb") as file:
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        order = loaders.epoch_order(run_info, "page", seed=0, epoch=epoch)
+        order = loaders.epoch_order(info, "page", seed=0, epoch=epoch)
         started = time.perf_counter()
         with loader.batches(order, args.resolution, epoch=epoch, read_ahead=True) as batches:
-            for _ in batches:
-                pass
+            consume(batches)
         rates.append(time.perf_counter() - started)
     seconds = statistics.median(rates)
     print(
-        f"cold, page-aware order: {run_info.bytes / 1e6:.0f} MB, {run_info.bytes / 1e6 / seconds:.0f} MB/s, "
-        f"{run_info.num_samples / seconds:.0f} images/s at {args.resolution} px with {args.threads} threads "
+        f"cold, page-aware order: {info.bytes / 1e6:.0f} MB, {info.bytes / 1e6 / seconds:.0f} MB/s, "
+        f"{info.num_samples / seconds:.0f} images/s at {args.resolution} px with {args.threads} threads "
         f"(median of {args.repeats})"
     )
-
-
-def cores():
-    return len(os.sched_getaffinity(0))
 
 
 def arguments():

@@ -13,11 +13,11 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+
+#include "decode.h"
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
-
-enum status { OK, CORRUPT, UNSUPPORTED, NO_MEMORY };
 
 typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
@@ -55,17 +55,12 @@ struct jpeg {
 };
 
 struct bits { uint64_t buffer; int count; const uint8_t *next; }; /* the next bit is the buffer's highest */
-struct box { int x0, y0, x1, y1; };
 struct buffer { void *data; size_t size; };
-enum phase { HEADER, DECODE, ROWS, COLUMNS, PHASES };
 struct worker { /* of one thread */
     struct huffman huffman[2][2];
     struct buffer clean, planes, rows, weights;
     int64_t timed, last, spent[PHASES]; /* nanoseconds */
 };
-
-/* Where the output lies in the picture, all in pixels; the same layout as rn50.decode.CROP. */
-struct crop { double x, y, scale_x, scale_y; struct box limit; int32_t flip, unused; };
 
 /* A zigzag order, transposed because the inverse DCT transposes once; numbers past 63 lead to what nothing reads. */
 static const uint8_t PLACE[64 + 16] = {
@@ -532,11 +527,15 @@ static int resize(const struct plane *planes, int count, int is_rgb, const struc
     if (!free_numbers || !columns[0]) return NO_MEMORY;
     for (int c = 0; c < count; c++) {
         const struct plane *p = &planes[c];
-        x[c].weights = free_numbers, y[c].weights = x[c].weights + wide * (size_t)x[c].taps;
-        x[c].first = (int *)(y[c].weights + wide * (size_t)y[c].taps), y[c].first = x[c].first + wide;
-        free_numbers = (float *)(y[c].first + wide);
-        make_axis(&x[c], size, crop->x / p->h, scale_x[c], limit[c].x0, limit[c].x1, p->x0);
-        make_axis(&y[c], size, crop->y / p->v, scale_y[c], limit[c].y0, limit[c].y1, p->y0);
+        if (c && p->h == p[-1].h && p->v == p[-1].v) {
+            x[c] = x[c - 1], y[c] = y[c - 1];
+        } else {
+            x[c].weights = free_numbers, y[c].weights = x[c].weights + wide * (size_t)x[c].taps;
+            x[c].first = (int *)(y[c].weights + wide * (size_t)y[c].taps), y[c].first = x[c].first + wide;
+            free_numbers = (float *)(y[c].first + wide);
+            make_axis(&x[c], size, crop->x / p->h, scale_x[c], limit[c].x0, limit[c].x1, p->x0);
+            make_axis(&y[c], size, crop->y / p->v, scale_y[c], limit[c].y0, limit[c].y1, p->y0);
+        }
         if (c) columns[c] = columns[c - 1] + (size_t)(x[c - 1].end - x[c - 1].begin + 7) / 8 * 8;
     }
     uint8_t *strip = (uint8_t *)(columns[0] + room);
@@ -610,17 +609,6 @@ static int decode_jpeg(const uint8_t *data, size_t bytes, int width, int height,
     return resize(planes, jpeg.count, 0, crop, size, worker, out);
 }
 
-struct batch {
-    const uint8_t *const *data;
-    const uint64_t *bytes;
-    const uint16_t *widths, *heights;
-    const uint8_t *raw;
-    const struct crop *crops;
-    int32_t count, size;
-    uint8_t *out;
-    int32_t *status;
-    _Atomic int64_t *nanoseconds; /* [PHASES], all threads together; NULL: not wanted */
-};
 struct work { const struct batch *batch; atomic_int next, failed; };
 
 static void *decode_samples(void *argument) {
@@ -641,7 +629,6 @@ static void *decode_samples(void *argument) {
     return NULL;
 }
 
-/* Decodes `count` samples into out [count, size, size, 3]; gives how many failed, and why in status [count]. */
 int rn50_decode(const struct batch *batch, int threads) {
     struct work work = {batch, 0, 0};
     pthread_t others[64];
@@ -654,7 +641,6 @@ int rn50_decode(const struct batch *batch, int threads) {
     return work.failed;
 }
 
-/* Writes the table of a JPEG, for `tile` MCUs a tile, and its footer to `table` [room]; gives its bytes, or -status. */
 int64_t rn50_index(const uint8_t *data, size_t size, int tile, uint8_t *table, size_t room) {
     struct jpeg jpeg;
     struct record record = {table, room, 0};
