@@ -66,6 +66,8 @@ def main():
 
 def write_files(images, folder, copies):
     """tiled.beton, untiled.beton and tree/all/*.jpg with the same pictures in the same JPEG bytes."""
+    if not Path(images).is_dir():
+        raise RunError(f"{images} is no folder")
     paths = sorted(path for path in Path(images).iterdir() if path.suffix.lower() in EXTENSIONS)
     if not paths:
         raise RunError(f"{images} holds no images")
