@@ -176,6 +176,7 @@ class Run:
     ema: EMA | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    precision: torch.dtype
     autocast: Callable
     epochs_done: int = 0
     step: int = 0
@@ -223,6 +224,7 @@ def build_run(cfg, device, rank, world_size):
             decay=cfg.training.decay,
         ),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        precision=dtype,
         autocast=partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32),
     )
 
@@ -258,7 +260,7 @@ def fit(run):
     log = None
     if run.rank == 0:
         make_folder(run.folder)
-        environment = describe_environment(
+        environment = {"precision": dtype_name(run.precision)} | describe_environment(
             device=run.device, world_size=run.world_size, betons=[*run.train.rungs.values(), *run.val.rungs.values()]
         )
         log = RunLog(run.folder, config=config.to_dict(cfg), environment=environment, epochs_done=run.epochs_done)
@@ -484,12 +486,18 @@ def epoch_resolution(cfg, epoch):
 
 
 def autocast_dtype(precision, device):
-    """`auto` is bf16 on GPUs that have it, fp16 on other GPUs, and fp32 on CPUs, where bf16 is seldom faster."""
+    """`auto` is bf16 where the processor multiplies in it, else fp16 on GPUs and fp32 on CPUs."""
     if precision == "auto":
-        if device.type != "cuda":
-            return torch.float32
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        # Without these instructions a CPU emulates bf16, several times slower than fp32.
+        able = torch.cpu.get_capabilities()
+        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def refuse_changed_recipe(saved, current, folder):
@@ -510,7 +518,8 @@ def announce(run):
     info = run.train.rungs[max(run.train.rungs)]
     accumulation = batch // (micro * run.world_size)
     run.say(
-        f"{cfg.model.arch} on {run.device}, {info.num_samples} training images of {info.num_classes} classes, "
+        f"{cfg.model.arch} on {run.device} in {dtype_name(run.precision)}, {info.num_samples} training images of "
+        f"{info.num_classes} classes, "
         f"{cfg.training.epochs} epochs at {cfg.resolution.start} to {cfg.resolution.end} px; batch {batch} = "
         f"{micro} x {run.world_size} ranks x {accumulation} accumulated, peak learning rate {peak:g}; "
         f"{loaders.choose_order(info, cfg.data.order)} order; run folder {run.folder}"
