@@ -30,6 +30,7 @@ from rn50.losses import cross_entropy
 from rn50.model import ARCHITECTURES, build_model
 from rn50.optimizer import build_optimizer, set_learning_rate
 from rn50.order import evaluation_share, rank_positions, steps_per_epoch
+from rn50.precision import autocast_dtype, dtype_name
 from rn50.run_log import RunLog, describe_environment
 
 Section("model", "Network").params(
@@ -483,21 +484,6 @@ def learning_rate(cfg, epoch):
 
 def epoch_resolution(cfg, epoch):
     return schedules.resolution(epoch, **vars(cfg.resolution))
-
-
-def autocast_dtype(precision, device):
-    """`auto` is bf16 where the processor multiplies in it, else fp16 on GPUs and fp32 on CPUs."""
-    if precision == "auto":
-        if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        # Without these instructions a CPU emulates bf16, several times slower than fp32.
-        able = torch.cpu.get_capabilities()
-        return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
-    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
-
-
-def dtype_name(dtype):
-    return str(dtype).removeprefix("torch.")
 
 
 def refuse_changed_recipe(saved, current, folder):

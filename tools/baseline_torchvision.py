@@ -9,9 +9,9 @@ it is given on any machine, busy or not. Only training counts; it resumes by epo
 """
 
 import argparse
-import contextlib
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +26,7 @@ from rn50.evaluate import evaluate
 from rn50.losses import cross_entropy
 from rn50.model import build_model
 from rn50.optimizer import build_optimizer, set_learning_rate
+from rn50.precision import autocast_dtype, dtype_name
 from rn50.run_log import read_rows, write_atomically
 
 
@@ -48,6 +49,8 @@ def main():
         spent, epoch = saved["seconds"], saved["epochs_done"]
     rows = [row for row in read_rows(out / "log.jsonl") if row["epoch"] < epoch]
     peak = schedules.peak_learning_rate(lr_per_256=args.lr_per_256, batch_size=args.batch_size)
+    dtype = autocast_dtype("auto", device)
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32)
     while spent < budget:
         network.train()
         started, loss_sum, images_seen = time.process_time(), 0.0, 0
@@ -59,7 +62,9 @@ def main():
                 progress, peak=peak, epochs=1, schedule="linear", warmup_epochs=args.warmup_share
             )
             set_learning_rate(optimizer, rate)
-            loss = cross_entropy(network(normalize(images)), labels, smoothing=0.1)
+            with autocast():
+                logits = network(normalize(images))
+            loss = cross_entropy(logits, labels, smoothing=0.1)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -71,6 +76,7 @@ def main():
         row = {
             "epoch": epoch,
             "resolution": args.resolution,
+            "precision": dtype_name(dtype),
             "lr": rate,
             "train_loss": loss_sum / max(images_seen, 1),
             "images_per_cpu_second": round(images_seen / seconds, 2),
@@ -78,7 +84,7 @@ def main():
             "total_cpu_seconds": round(spent, 3),
         }
         if spent >= budget:
-            row |= evaluate(ema.model, val, device=device, autocast=contextlib.nullcontext)["single"]
+            row |= evaluate(ema.model, val, device=device, autocast=autocast)["single"]
         epoch += 1
         rows.append(row)
         write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
