@@ -1,9 +1,12 @@
 """tools/benchmark_loader.py as a user runs it, on a few generated images."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +43,21 @@ def test_cold_reads_from_disk(textures):
     done = run("--images", images, "--cold", "--copies", "3")
     assert done.returncode == 0, done.stderr
     assert "MB/s" in done.stdout
+
+
+def test_scaling_and_memory(textures):
+    images = min((textures / "train").iterdir())
+    done = run("--images", images, "--scaling")
+    assert done.returncode == 0, done.stderr
+    gain, hashing, ratio = map(
+        float, re.search(r"rn50 ([\d.]+)x .* hashing ([\d.]+)x; ratio (.+)", done.stdout).groups()
+    )
+    assert ratio == pytest.approx(gain / hashing, rel=0.02)
+    done = run("--images", images, "--memory", "--copies", "60")
+    assert done.returncode == 0, done.stderr
+    ours, stock = (float(row.split()[1]) for row in done.stdout.splitlines()[-2:])
+    # Two batches of 512 x 32 x 32 x 3 bytes are the least there can be.
+    assert 3 < ours < stock
 
 
 def test_bad_input_is_one_line(textures, tmp_path):

@@ -19,7 +19,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
-DEV = [Requirement(line) for line in PROJECT["optional-dependencies"]["dev"]]
+TEST = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
 SETUP_INPUTS = ("pyproject.toml", "requirements.lock", "setup.py", "rn50/csrc/decode.c", "rn50/csrc/decode.h")
 CONDA_NAMES = {"torch": "pytorch", "opencv-python": "opencv"}
 
@@ -41,14 +41,14 @@ def conda():
     return dict(specs), pip
 
 
-@pytest.mark.parametrize("requirement", RUNTIME + DEV, ids=lambda requirement: requirement.name)
+@pytest.mark.parametrize("requirement", RUNTIME + TEST, ids=lambda requirement: requirement.name)
 def test_the_lock_pins_what_pyproject_asks_for(requirement):
     assert requirement.specifier.contains(lock()[canonicalize_name(requirement.name)])
 
 
 def test_the_lock_pins_what_the_dependencies_ask_for():
     """Everything that pip would add on Python 3.11 or 3.12, except the CUDA libraries that torch pins itself."""
-    pins, todo, seen = lock(), [requirement.name for requirement in RUNTIME + DEV], set()
+    pins, todo, seen = lock(), [requirement.name for requirement in RUNTIME + TEST], set()
     while todo:
         name = canonicalize_name(todo.pop())
         if name in seen or re.match(r"cuda-|nvidia-|triton$", name):

@@ -5,18 +5,23 @@
 Writes its own betons and JPEG files from the images (longer side at most 500 px, quality 90, as training has them),
 runs one pass of each loader after the other, `--repeats` times round, and prints medians. Every peer decodes the same
 stored JPEGs, takes a random resized crop, flips and gives uint8 batches in memory. --profile says where our time goes.
---cold drops the files from the page cache first and reads in page-aware order (see --copies).
+Instead of the comparison: --scaling, what more threads gain; --memory, the peak of one loader at batch 512; --cold,
+the speed of files that are not in the page cache, in page-aware order (--copies makes the file larger than memory).
 """
 
 import argparse
 import contextlib
+import hashlib
 import itertools
 import json
+import multiprocessing
 import os
 import statistics
 import sys
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -28,7 +33,7 @@ from rn50.distributed import cores
 from rn50.errors import RunError
 from rn50.sources import EXTENSIONS, decode_image
 
-MAX_SIDE, QUALITY, BATCH = 500, 90, 64
+MAX_SIDE, QUALITY, BATCH, MEMORY_BATCH = 500, 90, 64, 512
 CLASSES = [{"wnid": "n0", "name": "all"}]
 
 
@@ -39,14 +44,15 @@ def main():
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folder = Path(folder)
         count = write_files(args.images, folder, args.copies)
-        if args.cold:
-            return cold(folder, args)
+        for other in (cold, scaling, memory):
+            if getattr(args, other.__name__):
+                return other(folder, args)
         candidates = {"rn50": rn50_pass, "rn50_untiled": untiled_pass, "ffcv": ffcv_pass}
         candidates |= {"torchvision_pil": pil_pass, "torchvision_v2": v2_pass}
         if dali_is_there():
             candidates |= {"dali_triangular": dali_pass("triangular"), "dali_linear": dali_pass("linear")}
         else:
-            print("DALI is not installed: pip install nvidia-dali-cuda120 (it needs no GPU here)", file=sys.stderr)
+            print("DALI is not installed: .venv/bin/pip install -e '.[dev]' (it needs no GPU here)", file=sys.stderr)
         chosen = args.only.split(",") if args.only else list(candidates)
         if unknown := set(chosen) - set(candidates):
             raise RunError(f"--only names {', '.join(sorted(unknown))}; there are {', '.join(candidates)}")
@@ -96,21 +102,21 @@ def write_files(images, folder, copies):
     return len(paths) * copies
 
 
-def our_loader(info, args):
+def our_loader(info, args, batch=BATCH, threads=None):
     return loaders.training_loader(
         info,
-        batch_size=BATCH,
+        batch_size=batch,
         crop_scale=(0.08, 1),
         seed=0,
         device=torch.device("cpu"),
-        workers=args.threads,
+        workers=threads or args.threads,
         timeout=600,
     )
 
 
-def rn50_pass(folder, args, name="tiled"):
+def rn50_pass(folder, args, name="tiled", **settings):
     info = beton.read_info(folder / f"{name}.beton")
-    loader, epochs = our_loader(info, args), itertools.count()
+    loader, epochs = our_loader(info, args, **settings), itertools.count()
 
     def run():
         order = loaders.epoch_order(info, "random", seed=0, epoch=0)
@@ -124,7 +130,7 @@ def untiled_pass(folder, args):
     return rn50_pass(folder, args, "untiled")
 
 
-def ffcv_pass(folder, args):
+def ffcv_pass(folder, args, batch=BATCH):
     """As FFCV's ImageNet example sets it up (github.com/libffcv/ffcv-imagenet)."""
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
@@ -134,7 +140,7 @@ def ffcv_pass(folder, args):
     size = (args.resolution, args.resolution)
     loader = Loader(
         str(folder / "untiled.beton"),
-        batch_size=BATCH,
+        batch_size=batch,
         num_workers=args.threads,
         order=OrderOption.RANDOM,
         os_cache=True,
@@ -303,18 +309,95 @@ def cold(folder, args):
     )
 
 
+def scaling(folder, args):
+    """What two threads gain over one, beside what hashing, which touches nothing shared, gains in the same run."""
+    threads = max(args.threads, 2)
+    passes = {
+        (name, n): run
+        for n in (1, threads)
+        for name, run in (("rn50", rn50_pass(folder, args, threads=n)), ("hashing", hashing_pass(n)))
+    }
+    speeds = {key: [] for key in passes}
+    for repeat in range(args.repeats + 1):
+        for key, run in passes.items():
+            started = time.perf_counter()
+            done = run()
+            if repeat:  # the first warms up
+                speeds[key].append(done / (time.perf_counter() - started))
+    medians = {key: statistics.median(values) for key, values in speeds.items()}
+    gains = {name: medians[name, threads] / medians[name, 1] for name in ("rn50", "hashing")}
+    print(
+        f"{args.resolution} px, {threads} threads over one, median of {args.repeats}: rn50 {gains['rn50']:.2f}x "
+        f"({medians['rn50', 1]:.0f} to {medians['rn50', threads]:.0f} images/s), hashing {gains['hashing']:.2f}x; "
+        f"ratio {gains['rn50'] / gains['hashing']:.3f}"
+    )
+
+
+def hashing_pass(threads, rounds=24):
+    data = bytes(8 << 20)
+
+    def run():
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(lambda _: hashlib.sha256(data).digest(), range(rounds)))
+        return rounds
+
+    return run
+
+
+def memory(folder, args):
+    """Peak anonymous memory (what is not page cache) that one loader adds, ours and stock FFCV's."""
+    for name, make in (("rn50", rn50_pass), ("ffcv", ffcv_pass)):
+        ours, theirs = multiprocessing.Pipe()
+        process = multiprocessing.get_context("fork").Process(target=_peak, args=(make, folder, args, theirs))
+        process.start()
+        theirs.close()
+        try:
+            before, peak = ours.recv()
+        except EOFError:
+            raise RunError(f"the loader {name} died; it may have run out of memory") from None
+        process.join()
+        print(
+            f"{name:<6}{peak - before:>7.0f} MB at batch {MEMORY_BATCH}, {args.resolution} px, {args.threads} threads"
+        )
+
+
+def _peak(make, folder, args, connection):
+    before = peak = anonymous_megabytes()
+    finished = threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not finished.wait(0.005):
+            peak = max(peak, anonymous_megabytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    make(folder, args, batch=MEMORY_BATCH)()
+    finished.set()
+    watcher.join()
+    connection.send((before, peak))
+
+
+def anonymous_megabytes():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
+
+
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="folder of images")
     parser.add_argument("--resolution", type=int, default=160, help="px of the crops")
     parser.add_argument("--threads", type=int, default=1, help="decoding threads, or worker processes")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--copies", type=int, default=1, help="so many times the images, for --cold")
+    parser.add_argument("--copies", type=int, default=1, help="so many times the images")
     parser.add_argument("--only", help="these loaders, comma-separated")
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--folder", help="where the files of the benchmark go (default: the system's temporary folder)")
     parser.add_argument("--profile", action="store_true", help="also say where our time goes")
-    parser.add_argument("--cold", action="store_true", help="read from disk instead of the page cache")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--cold", action="store_true", help="read from disk instead of the page cache")
+    instead.add_argument("--scaling", action="store_true", help="threads against one, and a pure-compute loop likewise")
+    instead.add_argument("--memory", action="store_true", help="peak memory at batch 512, beside stock FFCV's")
     return parser.parse_args()
 
 

@@ -143,7 +143,7 @@ install() {
 }
 # ffcv's build takes setuptools from the environment, since distutils is gone from Python 3.12.
 install setuptools numpy
-install --use-pep517 --no-build-isolation ffcv -e '.[dev]'
+install --use-pep517 --no-build-isolation ffcv -e '.[test]'
 if ! .venv/bin/python -c 'import ffcv' 2>/dev/null; then
     # pip keeps the ffcv it built once; that one breaks when the system's OpenCV changes.
     echo "building ffcv again"
