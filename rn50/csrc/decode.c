@@ -79,7 +79,21 @@ static void *grow(struct buffer *buffer, size_t wanted) {
     return buffer->data;
 }
 
-static void free_worker(struct worker *worker) {
+/* Workers between two batches: they keep their memory and their Huffman tables, so a small batch costs no more. */
+static _Atomic(struct worker *) idle[64];
+
+static struct worker *take_worker(void) {
+    struct worker *worker = NULL;
+    for (int i = 0; i < 64 && !worker; i++) worker = atomic_exchange(&idle[i], NULL);
+    if (!worker) return calloc(1, sizeof *worker);
+    worker->timed = worker->last = 0;
+    memset(worker->spent, 0, sizeof worker->spent);
+    return worker;
+}
+
+static void leave_worker(struct worker *worker) {
+    for (int i = 0; i < 64 && worker; i++)
+        if (!(worker = atomic_exchange(&idle[i], worker))) return;
     if (worker) free(worker->clean.data), free(worker->planes.data), free(worker->rows.data), free(worker->weights.data);
     free(worker);
 }
@@ -614,7 +628,7 @@ struct work { const struct batch *batch; atomic_int next, failed; };
 static void *decode_samples(void *argument) {
     struct work *work = argument;
     const struct batch *b = work->batch;
-    struct worker *worker = calloc(1, sizeof *worker);
+    struct worker *worker = take_worker();
     if (worker && b->nanoseconds) worker->timed = 1, spend(worker, HEADER);
     for (int i; (i = atomic_fetch_add(&work->next, 1)) < b->count;) {
         uint8_t *out = b->out + (size_t)i * 3 * (size_t)b->size * (size_t)b->size;
@@ -625,7 +639,7 @@ static void *decode_samples(void *argument) {
         if (b->status[i]) atomic_fetch_add(&work->failed, 1);
     }
     for (int i = 0; worker && worker->timed && i < PHASES; i++) atomic_fetch_add(&b->nanoseconds[i], worker->spent[i]);
-    free_worker(worker);
+    leave_worker(worker);
     return NULL;
 }
 
@@ -644,12 +658,12 @@ int rn50_decode(const struct batch *batch, int threads) {
 int64_t rn50_index(const uint8_t *data, size_t size, int tile, uint8_t *table, size_t room) {
     struct jpeg jpeg;
     struct record record = {table, room, 0};
-    struct worker *worker = calloc(1, sizeof *worker);
+    struct worker *worker = take_worker();
     int status = worker ? read_header(&jpeg, worker, data, size) : NO_MEMORY;
     if (!status && jpeg.table) status = UNSUPPORTED; /* it has one */
     jpeg.tile = tile;
     if (!status) status = decode_rectangle(&jpeg, worker, (struct box){0, 0, jpeg.width, jpeg.height}, &record);
     if (!status) table[record.used] = (uint8_t)tile, memcpy(table + record.used + 1, MARK, 4);
-    free_worker(worker);
+    leave_worker(worker);
     return status ? -status : (int64_t)(record.used + FOOTER);
 }
