@@ -90,8 +90,9 @@ def test_mild_recipes_follow_mosaicmls_formulas(name):
     assert round(224 / cfg.validation.crop_ratio) == 232
 
 
-def test_coupled_decay_pulls_as_hard_as_mosaicmls_decoupled_one():
-    training = recipe("rn50_78").training
+@pytest.mark.parametrize("name", ["rn50_mild_36", "rn50_mild_60", "rn50_78"])
+def test_coupled_decay_pulls_as_hard_as_mosaicmls_decoupled_one(name):
+    training = recipe(name).training
     layer = nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(1.0)
     optimizer = build_optimizer(

@@ -108,13 +108,11 @@ def ranked(rows, budget):
 
     def key(row):
         sure, affordable = row["probability_of_target"] >= CONFIDENT, row["dollars_high"] <= budget
-        return (
-            not (sure and affordable),
-            not sure,
-            row["dollars"] if sure else -round(row["probability_of_target"], 2),
-        )
+        if sure:
+            return not affordable, row["dollars"]
+        return 2, -row["top1"], row["dollars"]
 
-    return sorted(rows, key=lambda row: (*key(row), row["dollars"]))
+    return sorted(rows, key=key)
 
 
 def explain_p3(rows):
@@ -182,17 +180,19 @@ def recommendation(rows, args):
     )
     if best["probability_of_target"] >= CONFIDENT and best["dollars_high"] <= args.budget:
         return f"Recommended: {run} Run tools/preflight.py there before you pay for the rest."
-    if best["probability_of_target"] >= CONFIDENT:
+    if best["probability_of_target"] < CONFIDENT:
+        verdict = f"No recipe here reaches {args.target:g} % with confidence; the likeliest is {run}"
+    else:
         over = "its range reaches beyond" if best["dollars"] <= args.budget else "it costs more than"
-        return f"Not safe with ${args.budget:g}: {over} that. The cheapest that reaches {args.target:g} %: {run}"
+        verdict = f"${args.budget:g} is not safe for {args.target:g} %: {over} that with {run}"
     affordable = [row for row in rows if row["dollars_high"] <= args.budget]
     if not affordable:
-        return f"Nothing here fits ${args.budget:g}. Nearest to {args.target:g} %: {run}"
+        return f"{verdict} Nothing else here fits ${args.budget:g} either."
     fit = max(affordable, key=lambda row: (row["top1"], -row["dollars"]))
     return (
-        f"No recipe here reaches {args.target:g} % with confidence. The most that ${args.budget:g} buys: "
-        f"{fit['recipe']} on {fit['instance']}, ${fit['dollars']:.0f}, {fit['top1']:.1f} % expected, "
-        f"P(>= {args.target:g}) = {fit['probability_of_target']:.2f}."
+        f"{verdict} The most that ${args.budget:g} surely buys: {fit['recipe']} on {fit['instance']}, "
+        f"${fit['dollars']:.0f} (${fit['dollars_low']:.0f} to ${fit['dollars_high']:.0f}), "
+        f"{fit['top1']:.1f} % expected, P(>= {args.target:g}) = {fit['probability_of_target']:.2f}."
     )
 
 
@@ -259,17 +259,16 @@ def draw(rows, args):
         label="cheapest for its accuracy, with 80 % ranges",
     )
     for name in dict.fromkeys(row["recipe"] for row in rows):
-        row = min((row for row in rows if row["recipe"] == name), key=lambda row: row["dollars"])
-        on_frontier = row in frontier
+        row = max((row for row in rows if row["recipe"] == name), key=lambda row: row["dollars"])
         axis.annotate(
-            name.removeprefix("rn50_").replace("_", " "),
+            name,
             (row["dollars"], row["top1"]),
-            xytext=(-7, 5 if on_frontier else -3),
+            xytext=(8, -3),
             textcoords="offset points",
-            ha="right",
             fontsize=9,
-            fontweight="bold" if on_frontier else "normal",
+            fontweight="bold" if any(other["recipe"] == name for other in frontier) else "normal",
         )
+    axis.margins(x=0.12)
     axis.axhline(args.target, color="C2", ls="--", lw=1, zorder=1)
     axis.axvline(args.budget, color="C3", ls="--", lw=1, zorder=1)
     axis.set_xscale("log")
