@@ -55,6 +55,19 @@ def test_p3_is_there_with_the_reason_why_not_and_unmeasured_gpus_say_so(planned)
     table = lines[lines.index("How wrong the hours may be: every published run predicted without its own source") :]
     assert any(line.startswith("Sagar063") and "88.00" in line for line in table)
     assert "not counted" in planned[0]
+    assert "A10G 811 (1)" in planned[0]
+
+
+def test_the_readme_quotes_this_plan(planned):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rows = {(row["instance"], row["recipe"]): row for row in json.loads((planned[1] / "plan.json").read_text())}
+    best = rows["g5.xlarge", "rn50_78"]
+    money = f"${best['dollars']:.0f} (${best['dollars_low']:.0f} to ${best['dollars_high']:.0f})"
+    assert f"`rn50_78` on a g5.xlarge, about {best['hours']:.0f} h and {money}" in readme
+    assert f"P(>= 78 %) = {best['probability_of_target']:.2f}" in readme
+    for recipe in ("rn50_16_epochs", "rn50_88_epochs", "rn50_mild_36", "rn50_mild_60", "rn50_78"):
+        row = rows["g5.xlarge", recipe]
+        assert f"{row['top1']:.1f} ({row['top1_low']:.1f} to {row['top1_high']:.1f})" in readme
 
 
 def test_the_picture_and_the_proposal(planned):
