@@ -3,13 +3,18 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
+from rn50 import costs
 from rn50.errors import RunError, UsageError
+from rn50.loaders import find_rungs
 from tests.conftest import ROOT
-from tools import plan_run
+from tests.test_train_imagenet import load
+from tools import plan_run, preflight
 
 KEYS = {"instance", "recipe", "hours", "dollars", "dollars_low", "dollars_high", "top1", "top1_low", "top1_high"}
 KEYS |= {"evaluation", "probability_of_target", "limited_by", "basis"}
@@ -114,32 +119,40 @@ def test_one_instance_and_spot(capsys):
         plan(capsys, "--budget", "25", "--target", "78", "--instance", "g5.xlarg")
 
 
-def preflight(betons, *arguments):
-    command = [sys.executable, ROOT / "tools" / "preflight.py", ROOT / "rn50_configs" / "demo.yaml"]
-    command += ["--data", betons, "--seconds", "0.5", "--training.device=cpu", "--model.arch=resnet50"]
-    command += ["--training.micro_batch=8", "--resolution.start=32", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+DEMO = [f"{ROOT}/rn50_configs/demo.yaml", "--training.device=cpu", "--model.arch=resnet50"]
+DEMO += ["--training.micro_batch=8", "--resolution.start=32"]
 
 
 def test_preflight_measures_projects_and_feeds_the_plan(betons, tmp_path, capsys):
     out = tmp_path / "preflight.json"
-    source = betons / "train_64.beton"
-    done = preflight(betons, "--budget", "25", "--dollars-per-hour", "2", "--source", source, "--json", out)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("go: at most $")
+    command = [sys.executable, ROOT / "tools" / "preflight.py", *DEMO, "--data", betons, "--seconds", "0.5"]
+    command += ["--budget", "0.1", "--dollars-per-hour", "2", "--source", betons / "train_64.beton", "--json", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.startswith("error: no go: $")
+    assert done.stderr.count("\n") == 1
     report = json.loads(out.read_text())
     assert [row["resolution"] for row in report["resolutions"]] == [32, 48, 64]
     for row in report["resolutions"]:
         assert row["loader_images_per_second"] > row["training_images_per_second"] > 0
         assert 0 <= row["data_wait_fraction"] <= 1
-    assert (report["micro_batch"], report["gpus"], report["go"]) == (8, 1, True)
+    assert (report["micro_batch"], report["gpus"], report["go"]) == (8, 1, False)
     assert report["staging_mb_per_s"] > 0
-    # 200 images for 8 epochs at these speeds, and a quarter of an hour of set-up
+    # 200 images for 8 epochs at these speeds
     px = [32, 32, 32, 32, 32, 48, 64, 64]
     speeds = {row["resolution"]: row["training_images_per_second"] for row in report["resolutions"]}
     assert report["hours_by_part"]["training"] == pytest.approx(sum(200 / speeds[p] for p in px) / 3600, abs=1e-3)
     assert report["dollars"] == pytest.approx(2 * report["hours"], abs=0.01)
     assert not list(betons.glob("preflight*"))
+
+    # with more money it is a go, unless the micro-batch does not fit
+    cfg = load([f"--config-file={DEMO[0]}", *DEMO[1:], "--data.dir=betons"])
+    rungs = find_rungs(betons, "train")
+    revised = preflight.revise(costs.read_table(), cfg, report, rungs, 25.0)
+    assert (revised["go"], revised["reasons"]) == (True, [])
+    smaller = preflight.revise(costs.read_table(), cfg, report | {"micro_batch": 4}, rungs, 25.0)
+    assert not smaller["go"]
+    assert "--training.micro_batch=4 does" in smaller["reasons"][0]
 
     lines = plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out), "--json", str(tmp_path / "plan"))
     assert lines[1].startswith("Hours projected from tools/preflight.py's measurement")
@@ -147,8 +160,7 @@ def test_preflight_measures_projects_and_feeds_the_plan(betons, tmp_path, capsys
     assert {row["instance"] for row in rows} == {"this machine"}
     assert all("speed measured by preflight" in row["basis"] for row in rows)
 
-    report["arch"] = "resnet18"
-    out.write_text(json.dumps(report))
+    out.write_text(json.dumps(report | {"arch": "resnet18"}))
     with pytest.raises(RunError, match="measured with resnet18"):
         plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
     out.write_text("{}")
@@ -156,17 +168,32 @@ def test_preflight_measures_projects_and_feeds_the_plan(betons, tmp_path, capsys
         plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
 
 
-def test_preflight_says_no(betons):
-    done = preflight(betons, "--budget", "0.1", "--instance", "g5.xlarge")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: no go: $")
-    assert done.stderr.count("\n") == 1
+def test_a_micro_batch_is_halved_until_it_fits():
+    tried = []
+
+    def step(images, labels, update):
+        tried.append(len(images))
+        if len(images) > 8:
+            raise torch.cuda.OutOfMemoryError
+
+    assert preflight.largest_micro_batch(step, torch.device("cpu"), 32, 16) == 8
+    assert tried == [32, 16, 8]
 
 
-def test_preflight_refuses_in_one_line(betons, tmp_path):
-    done = preflight(betons, "--budget", "25", "--instance", "g9.huge")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "no price is known for g9.huge" in done.stderr
-    done = preflight(tmp_path, "--budget", "25", "--instance", "g5.xlarge")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "no train_SIZE.beton" in done.stderr
+def test_the_loader_sets_the_pace_of_many_gpus():
+    speeds = costs.fit(costs.read_table())
+    row = {"training_images_per_second": 100.0, "loader_images_per_second": 300.0, "limited_by": "GPU"}
+    assert preflight.share_among([row], 1, speeds) == [row]
+    (two,) = preflight.share_among([row], 2, speeds)
+    assert (two["training_images_per_second"], two["limited_by"]) == (round(200 * speeds.efficiency(2), 1), "GPU")
+    (eight,) = preflight.share_among([row], 8, speeds)
+    assert (eight["training_images_per_second"], eight["limited_by"]) == (300.0, "CPU")
+
+
+def test_preflight_needs_a_price_and_a_source_that_is_there(tmp_path):
+    args = SimpleNamespace(dollars_per_hour=None, instance="g9.huge")
+    with pytest.raises(UsageError, match="no price is known for g9.huge"):
+        preflight.dollars_per_hour(costs.read_table(), args)
+    with pytest.raises(RunError, match="cannot stage from /nowhere"):
+        preflight.staging_speed("/nowhere", tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -91,7 +91,7 @@ def main():
         "staging_mb_per_s": staging,
         "resolutions": share_among(rows, gpus, costs.fit(table)),
     }
-    report |= revise(table, cfg, report, schedule, {sides[px]: rungs[sides[px]] for px in sides}, args.budget)
+    report |= revise(table, cfg, report, {sides[px]: rungs[sides[px]] for px in sides}, args.budget)
     if args.json:
         try:
             run_log.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
@@ -249,7 +249,7 @@ def staging_speed(source, folder):
     return round(copied / seconds / 1e6, 1)
 
 
-def revise(table, cfg, report, schedule, rungs, budget):
+def revise(table, cfg, report, rungs, budget):
     """Hours and dollars from what was measured, and go or no-go with the reasons."""
     validation = cfg.validation
     recipe = costs.recipe(
