@@ -26,7 +26,7 @@ from rn50.config import choice, either, number, numbers, switch, text, whole
 from rn50.ema import EMA
 from rn50.errors import RunError, UsageError
 from rn50.evaluate import evaluate, report_lines
-from rn50.losses import cross_entropy
+from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.model import ARCHITECTURES, build_model
 from rn50.optimizer import build_optimizer, set_learning_rate
 from rn50.order import evaluation_share, rank_positions, steps_per_epoch
@@ -38,6 +38,7 @@ Section("model", "Network").params(
     blurpool=Param(switch(), "low-pass filter before strided convolutions", default=False),
     blur_maxpool=Param(switch(), "low-pass filter in the max-pool too", default=False),
     zero_init_last_bn=Param(switch(), "residual branches start at zero", default=True),
+    log_prior_bias=Param(switch(), "classifier's bias starts at -ln(classes); for loss=bce", default=False),
     ema_half_life=Param(number(0), "steps in which EMA forgets half; 0: no EMA", default=0),
 )
 Section("training", "Optimisation").params(
@@ -48,6 +49,7 @@ Section("training", "Optimisation").params(
     nesterov=Param(switch(), "Nesterov momentum", default=False),
     weight_decay=Param(number(0), "L2 penalty, coupled", default=1e-4),
     decay=Param(choice("weights", "all"), "what decays: conv and linear weights, or everything", default="weights"),
+    loss=Param(choice("cross_entropy", "bce"), "softmax, or a sigmoid for each class", default="cross_entropy"),
     label_smoothing=Param(number(0, 1), "label smoothing", default=0.1),
     precision=Param(choice("auto", "bf16", "fp16", "fp32"), "autocast type; auto: best of the device", default="auto"),
     channels_last=Param(switch(), "NHWC memory format", default=True),
@@ -198,6 +200,7 @@ def build_run(cfg, device, rank, world_size):
         blurpool=cfg.model.blurpool,
         blur_maxpool=cfg.model.blur_maxpool,
         zero_init_last_bn=cfg.model.zero_init_last_bn,
+        log_prior_bias=cfg.model.log_prior_bias,
     )
     layout = torch.channels_last if cfg.training.channels_last else torch.contiguous_format
     network = network.to(device, memory_format=layout)
@@ -396,9 +399,11 @@ def jitter(cfg, images, samples, epoch):
 
 def forward_backward(run, images, labels, accumulation):
     """Gradients of one micro-batch, scaled so that those of a step add up to the mean; gives its share of the loss."""
+    training = run.cfg.training
+    criterion = binary_cross_entropy if training.loss == "bce" else cross_entropy
     with run.autocast():
         logits = run.model(normalize(images))
-    loss = cross_entropy(logits, labels, smoothing=run.cfg.training.label_smoothing) / accumulation
+    loss = criterion(logits, labels, smoothing=training.label_smoothing) / accumulation
     run.scaler.scale(loss).backward()
     return loss.detach()
 

@@ -1,4 +1,6 @@
-"""torchvision's ResNets with the changes the recipes ask for: BlurPool and a zero last BatchNorm gamma."""
+"""torchvision's ResNets with what the recipes ask for: BlurPool, zero last BatchNorm gammas, a prior in the head."""
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +10,23 @@ from torchvision import models
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
-def build_model(*, arch, num_classes, blurpool=False, blur_maxpool=False, zero_init_last_bn=True):
+def build_model(*, arch, num_classes, blurpool=False, blur_maxpool=False, zero_init_last_bn=True, log_prior_bias=False):
     """A randomly initialised ResNet taking float images [N, 3, H, W] and giving logits [N, num_classes].
 
     Convolutions keep torchvision's He initialisation (fan out). `blurpool` low-passes the input of every
     strided convolution with at least 16 input channels, as ffcv-imagenet does; `blur_maxpool` also the
     stem's max-pool, as MosaicML's recipes do. Parameter names follow ffcv-imagenet: a blurred
-    convolution's weight is `….conv.weight`.
+    convolution's weight is `….conv.weight`. `log_prior_bias` starts the classifier's bias at -ln(num_classes), so
+    that every sigmoid starts near 1 / num_classes and a binary cross-entropy near 1 + ln(num_classes), not at
+    num_classes x ln 2.
     """
     model = getattr(models, arch)(weights=None, num_classes=num_classes, zero_init_residual=zero_init_last_bn)
     if blurpool:
         _blur_strided_convolutions(model)
     if blur_maxpool:
         model.maxpool = BlurMaxPool2d(model.maxpool)
+    if log_prior_bias:
+        nn.init.constant_(model.fc.bias, -math.log(num_classes))
     return model
 
 

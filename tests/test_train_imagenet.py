@@ -167,7 +167,7 @@ def test_what_only_moves_a_run_may_change(finished):
 
 
 def test_two_ranks_evaluate_every_image_once_and_share_the_batch(betons, tmp_path):
-    """With bf16, BlurPool, colour jitter and page-aware order, which have no run of their own."""
+    """With bf16, BlurPool, sigmoid loss, colour jitter and page-aware order, which have no run of their own."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     result = run(
         betons,
@@ -177,6 +177,8 @@ def test_two_ranks_evaluate_every_image_once_and_share_the_batch(betons, tmp_pat
         training__precision="bf16",
         model__blurpool="true",
         model__blur_maxpool="true",
+        model__log_prior_bias="true",
+        training__loss="bce",
         resolution__end=32,
         data__order="page",
         data__brightness=0.4,
@@ -259,7 +261,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
     stand_in = SimpleNamespace(
         cfg=SimpleNamespace(
-            data=SimpleNamespace(brightness=0, contrast=0, saturation=0), training=SimpleNamespace(label_smoothing=0.1)
+            data=SimpleNamespace(brightness=0, contrast=0, saturation=0),
+            training=SimpleNamespace(loss="cross_entropy", label_smoothing=0.1),
         ),
         model=network,
         autocast=partial(torch.autocast, "cpu", enabled=False),

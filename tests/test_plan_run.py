@@ -1,0 +1,199 @@
+"""tools/plan_run.py and tools/preflight.py as a student runs them."""
+
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image
+
+from rn50 import costs
+from rn50.errors import RunError, UsageError
+from rn50.loaders import find_rungs
+from tests.conftest import ROOT
+from tests.test_train_imagenet import load
+from tools import plan_run, preflight
+
+KEYS = {"instance", "recipe", "hours", "dollars", "dollars_low", "dollars_high", "top1", "top1_low", "top1_high"}
+KEYS |= {"evaluation", "probability_of_target", "limited_by", "basis"}
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("plan")
+    command = [sys.executable, ROOT / "tools" / "plan_run.py", "--budget", "25", "--target", "78"]
+    command += ["--json", folder / "plan.json", "--png", folder / "plan.png", "--proposal", folder / "proposal.md"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, folder
+
+
+def test_the_first_line_is_a_recommendation_and_the_second_what_it_is_worth(planned):
+    lines = planned[0].splitlines()
+    rows = json.loads((planned[1] / "plan.json").read_text())
+    assert lines[0].startswith(f"Recommended: {rows[0]['recipe']} on {rows[0]['instance']}")
+    assert rows[0]["probability_of_target"] >= 0.9
+    assert rows[0]["dollars_high"] <= 25
+    assert all(rows[0]["dollars"] <= row["dollars"] for row in rows if row["probability_of_target"] >= 0.9)
+    assert lines[1].startswith("Projected")
+    assert "no ImageNet run has been made with this code yet" in lines[1]
+
+
+def test_every_row_has_what_was_promised(planned):
+    rows = json.loads((planned[1] / "plan.json").read_text())
+    assert len({(row["instance"], row["recipe"]) for row in rows}) == len(rows) == 15 * 11
+    for row in rows:
+        assert set(row) >= KEYS
+        assert row["dollars_low"] < row["dollars"] < row["dollars_high"]
+        assert row["top1_low"] < row["top1"] < row["top1_high"]
+        assert row["limited_by"] in ("GPU", "CPU", "disk", "memory")
+        assert row["evaluation"] == "224 px single view"
+        assert "hours +-" in row["basis"]
+
+
+def test_p3_is_there_with_the_reason_why_not_and_unmeasured_gpus_say_so(planned):
+    lines = planned[0].splitlines()
+    assert "x the dollars of g5.xlarge" in next(line for line in lines if line.startswith("p3.2xlarge"))
+    assert "nobody has published training on L4" in next(line for line in lines if line.startswith("g6.xlarge"))
+    table = lines[lines.index("How wrong the hours may be: every published run predicted without its own source") :]
+    assert any(line.startswith("Sagar063") and "88.00" in line for line in table)
+    assert "not counted" in planned[0]
+    assert "A10G 811 (1)" in planned[0]
+
+
+def test_the_readme_quotes_this_plan(planned):
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    rows = {(row["instance"], row["recipe"]): row for row in json.loads((planned[1] / "plan.json").read_text())}
+    best = rows["g5.xlarge", "rn50_78"]
+    money = f"${best['dollars']:.0f} (${best['dollars_low']:.0f} to ${best['dollars_high']:.0f})"
+    assert f"`rn50_78` on a g5.xlarge, about {best['hours']:.0f} h and {money}" in readme
+    assert f"P(>= 78 %) = {best['probability_of_target']:.2f}" in readme
+    for recipe in ("rn50_16_epochs", "rn50_88_epochs", "rn50_mild_36", "rn50_mild_60", "rn50_78"):
+        row = rows["g5.xlarge", recipe]
+        assert f"{row['top1']:.1f} ({row['top1_low']:.1f} to {row['top1_high']:.1f})" in readme
+
+
+def test_the_picture_and_the_proposal(planned):
+    assert Image.open(planned[1] / "plan.png").size > (800, 500)
+    text = (planned[1] / "proposal.md").read_text()
+    for word in (
+        "**Goal.**",
+        "**Plan.**",
+        "rn50_78",
+        "g5.xlarge",
+        "**We ask for $",
+        "Projected",
+        "Measured",
+        "Risks",
+        "Team",
+    ):
+        assert word in text
+    assert "no ImageNet run has been made with this code" in text
+
+
+def plan(capsys, *arguments):
+    plan_run.main(list(arguments))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_what_money_cannot_buy_is_said_first(capsys):
+    first = plan(capsys, "--budget", "5", "--target", "78")[0]
+    assert first.startswith("$5 is not safe for 78 %: it costs more than that with rn50_78 on g5.xlarge")
+    assert first.endswith("Nothing else here fits $5 either.")
+    first = plan(capsys, "--budget", "25", "--target", "79.5")[0]
+    assert first.startswith("No recipe here reaches 79.5 % with confidence; the likeliest is rn50_78")
+    first = plan(capsys, "--budget", "17", "--target", "78")[0]
+    assert first.startswith("$17 is not safe for 78 %: its range reaches beyond that")
+    assert "The most that $17 surely buys: rn50_mild_60 on g5.xlarge" in first
+
+
+def test_one_instance_and_spot(capsys):
+    lines = plan(capsys, "--budget", "25", "--target", "78", "--instance", "g5.2xlarge", "--spot")
+    assert "(spot)" in lines[0]
+    assert not any(line.startswith("p3.2xlarge") for line in lines)
+    with pytest.raises(UsageError, match="no spot price is known for p3.2xlarge"):
+        plan(capsys, "--budget", "25", "--target", "78", "--instance", "p3.2xlarge", "--spot")
+    with pytest.raises(UsageError, match="there is no g5.xlarg; known are"):
+        plan(capsys, "--budget", "25", "--target", "78", "--instance", "g5.xlarg")
+
+
+DEMO = [f"{ROOT}/rn50_configs/demo.yaml", "--training.device=cpu", "--model.arch=resnet50"]
+DEMO += ["--training.micro_batch=8", "--resolution.start=32"]
+
+
+def test_preflight_measures_projects_and_feeds_the_plan(betons, tmp_path, capsys):
+    out = tmp_path / "preflight.json"
+    command = [sys.executable, ROOT / "tools" / "preflight.py", *DEMO, "--data", betons, "--seconds", "0.5"]
+    command += ["--budget", "0.1", "--dollars-per-hour", "2", "--source", betons / "train_64.beton", "--json", out]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.startswith("error: no go: $")
+    assert done.stderr.count("\n") == 1
+    report = json.loads(out.read_text())
+    assert [row["resolution"] for row in report["resolutions"]] == [32, 48, 64]
+    for row in report["resolutions"]:
+        assert row["loader_images_per_second"] > row["training_images_per_second"] > 0
+        assert 0 <= row["data_wait_fraction"] <= 1
+    assert (report["micro_batch"], report["gpus"], report["go"]) == (8, 1, False)
+    assert report["staging_mb_per_s"] > 0
+    # 200 images for 8 epochs at these speeds
+    px = [32, 32, 32, 32, 32, 48, 64, 64]
+    speeds = {row["resolution"]: row["training_images_per_second"] for row in report["resolutions"]}
+    assert report["hours_by_part"]["training"] == pytest.approx(sum(200 / speeds[p] for p in px) / 3600, abs=1e-3)
+    assert report["dollars"] == pytest.approx(2 * report["hours"], abs=0.01)
+    assert not list(betons.glob("preflight*"))
+
+    # with more money it is a go, unless the micro-batch does not fit
+    cfg = load([f"--config-file={DEMO[0]}", *DEMO[1:], "--data.dir=betons"])
+    rungs = find_rungs(betons, "train")
+    revised = preflight.revise(costs.read_table(), cfg, report, rungs, 25.0)
+    assert (revised["go"], revised["reasons"]) == (True, [])
+    smaller = preflight.revise(costs.read_table(), cfg, report | {"micro_batch": 4}, rungs, 25.0)
+    assert not smaller["go"]
+    assert "--training.micro_batch=4 does" in smaller["reasons"][0]
+
+    lines = plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out), "--json", str(tmp_path / "plan"))
+    assert lines[1].startswith("Hours projected from tools/preflight.py's measurement")
+    rows = json.loads((tmp_path / "plan").read_text())
+    assert {row["instance"] for row in rows} == {"this machine"}
+    assert all("speed measured by preflight" in row["basis"] for row in rows)
+
+    out.write_text(json.dumps(report | {"arch": "resnet18"}))
+    with pytest.raises(RunError, match="measured with resnet18"):
+        plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
+    out.write_text("{}")
+    with pytest.raises(RunError, match="is not what tools/preflight.py writes"):
+        plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
+
+
+def test_a_micro_batch_is_halved_until_it_fits():
+    tried = []
+
+    def step(images, labels, update):
+        tried.append(len(images))
+        if len(images) > 8:
+            raise torch.cuda.OutOfMemoryError
+
+    assert preflight.largest_micro_batch(step, torch.device("cpu"), 32, 16) == 8
+    assert tried == [32, 16, 8]
+
+
+def test_the_loader_sets_the_pace_of_many_gpus():
+    speeds = costs.fit(costs.read_table())
+    row = {"training_images_per_second": 100.0, "loader_images_per_second": 300.0, "limited_by": "GPU"}
+    assert preflight.share_among([row], 1, speeds) == [row]
+    (two,) = preflight.share_among([row], 2, speeds)
+    assert (two["training_images_per_second"], two["limited_by"]) == (round(200 * speeds.efficiency(2), 1), "GPU")
+    (eight,) = preflight.share_among([row], 8, speeds)
+    assert (eight["training_images_per_second"], eight["limited_by"]) == (300.0, "CPU")
+
+
+def test_preflight_needs_a_price_and_a_source_that_is_there(tmp_path):
+    args = SimpleNamespace(dollars_per_hour=None, instance="g9.huge")
+    with pytest.raises(UsageError, match="no price is known for g9.huge"):
+        preflight.dollars_per_hour(costs.read_table(), args)
+    with pytest.raises(RunError, match="cannot stage from /nowhere"):
+        preflight.staging_speed("/nowhere", tmp_path)
+    assert not list(tmp_path.iterdir())

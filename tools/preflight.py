@@ -1,0 +1,345 @@
+"""Ten minutes on the rented machine before the money goes: its real speed, what the run will then cost, go or no-go.
+
+    python tools/preflight.py rn50_configs/rn50_78.yaml --data /data/betons --instance g5.xlarge --budget 25 \\
+        --source s3://BUCKET/train_400.beton --json preflight.json
+
+Measures, at up to three resolutions of the recipe, images/s of the loader alone and of training with it, the share of
+time waiting for data, the micro-batch that fits, and with --source the speed of staging from there. Further arguments
+are settings, as train_imagenet.py takes them. tools/plan_run.py --preflight reads the JSON. Exit status 0: go, 1: not.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import runpy
+import subprocess
+import time
+from contextlib import closing
+from pathlib import Path
+
+import torch
+
+from rn50 import config, costs, distributed, errors, loaders, run_log
+from rn50.augment import normalize
+from rn50.ema import EMA
+from rn50.errors import RunError, UsageError
+from rn50.losses import binary_cross_entropy, cross_entropy
+from rn50.model import build_model
+from rn50.optimizer import build_optimizer, set_learning_rate
+from rn50.precision import autocast_dtype
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_UP_STEPS = 2
+STAGING_SECONDS = 20.0
+# Above this share of waiting, decoding and not the GPU sets the pace.
+WAITING = 0.1
+
+
+def main():
+    args, settings = arguments()
+    table = costs.read_table()
+    price = dollars_per_hour(table, args)
+    # the script's own declared keys and checks; none of its training runs
+    script = runpy.run_path(str(ROOT / "train_imagenet.py"), run_name="train_imagenet")
+    cfg = config.load("", [f"--config-file={args.config}", f"--data.dir={args.data}", *settings])
+    script["check"](cfg)
+    device, _, _ = distributed.setup(cfg.training.device)
+    schedule = [script["epoch_resolution"](cfg, epoch) for epoch in range(cfg.training.epochs)]
+    rungs = loaders.find_rungs(cfg.data.dir, "train")
+    sides = {px: loaders.training_rung(rungs, px, cfg.data.rung) for px in sorted(set(schedule))}
+    step = make_step(cfg, device, num_classes=rungs[max(rungs)].num_classes)
+    micro = largest_micro_batch(step, device, cfg.training.micro_batch, max(schedule))
+    print(f"micro-batch {micro} fits at {max(schedule)} px", flush=True)
+    rows = []
+    for px in spread(sides, 3):
+        info = rungs[sides[px]]
+        loader = loaders.training_loader(
+            info,
+            batch_size=micro,
+            crop_scale=cfg.data.crop_scale,
+            seed=cfg.training.seed,
+            device=device,
+            workers=cfg.data.workers or distributed.cores(),
+            timeout=60 * cfg.data.timeout_minutes,
+        )
+        row = {"resolution": px, "rung": sides[px], **measure(loader, step, device, cfg, px, micro, args.seconds)}
+        rows.append(row)
+        print(
+            f"{px} px from rung {sides[px]}: loader {row['loader_images_per_second']:.0f} images/s, training "
+            f"{row['training_images_per_second']:.0f}, waiting for data {row['data_wait_fraction']:.0%}",
+            flush=True,
+        )
+    staging = staging_speed(args.source, Path(args.data)) if args.source else None
+    print(f"staging {staging:.0f} MB/s" if staging else "staging not measured (no --source): assumed", flush=True)
+    gpus = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
+    report = {
+        "made_by": "tools/preflight.py",
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": run_log.commit(),
+        "config": Path(args.config).stem,
+        "arch": cfg.model.arch,
+        "instance": args.instance or "this machine",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "gpus": gpus,
+        "vcpus": distributed.cores(),
+        "memory_gib": round(loaders.memory_bytes() / 2**30, 1),
+        "dollars_per_hour": price,
+        "micro_batch": micro,
+        "staging_mb_per_s": staging,
+        "resolutions": share_among(rows, gpus, costs.fit(table)),
+    }
+    report |= revise(table, cfg, report, {sides[px]: rungs[sides[px]] for px in sides}, args.budget)
+    if args.json:
+        try:
+            run_log.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
+        except OSError as error:
+            raise RunError(f"cannot write {args.json}: {error.strerror}") from None
+    spelled = ", ".join(f"{name} {value:.2f}" for name, value in report["hours_by_part"].items())
+    print(f"projected from these measurements: {report['hours']:.2f} h ({spelled}), ${report['dollars']:.2f}")
+    for reason in report["reasons"]:
+        print(f"note: {reason}")
+    if not report["go"]:
+        raise RunError(f"no go: {report['reasons'][0]}")
+    print(f"go: at most ${report['dollars_high']:.2f} of ${args.budget:g}")
+
+
+def make_step(cfg, device, num_classes):
+    """step(images, labels, update): forward and backward of one micro-batch, and with `update` the optimizer's step."""
+    layout = torch.channels_last if cfg.training.channels_last else torch.contiguous_format
+    keys = ("arch", "blurpool", "blur_maxpool", "zero_init_last_bn", "log_prior_bias")
+    network = build_model(num_classes=num_classes, **{key: getattr(cfg.model, key) for key in keys})
+    network = network.to(device, memory_format=layout).train()
+    model = torch.compile(network) if cfg.training.compile else network
+    keys = ("momentum", "nesterov", "weight_decay", "decay")
+    optimizer = build_optimizer(network, **{key: getattr(cfg.training, key) for key in keys})
+    set_learning_rate(optimizer, 1e-4)
+    ema = EMA(network, half_life=cfg.model.ema_half_life) if cfg.model.ema_half_life else None
+    dtype = autocast_dtype(cfg.training.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    criterion = binary_cross_entropy if cfg.training.loss == "bce" else cross_entropy
+
+    def step(images, labels, update):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            logits = model(normalize(images))
+        scaler.scale(criterion(logits, labels, smoothing=cfg.training.label_smoothing)).backward()
+        if update:
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            if ema:
+                ema.update(network)
+
+    return step
+
+
+def finish(device):
+    """Wait for what the GPU still has to do: kernels are only queued."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def largest_micro_batch(step, device, micro, px):
+    """`micro`, halved until a step at `px` pixels fits the GPU's memory."""
+    while micro:
+        try:
+            images = torch.zeros(micro, 3, px, px, dtype=torch.uint8, device=device)
+            step(images, torch.zeros(micro, dtype=torch.int64, device=device), update=True)
+            finish(device)
+            return micro
+        except torch.cuda.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            micro //= 2
+    raise RunError(f"not even one image at {px} px fits this GPU's memory; is another process using it?")
+
+
+def spread(values, count):
+    """At most `count` of the sorted values: the ends, and evenly between."""
+    values = sorted(values)
+    if len(values) <= count:
+        return values
+    return [values[round(k * (len(values) - 1) / (count - 1))] for k in range(count)]
+
+
+def measure(loader, step, device, cfg, px, micro, seconds):
+    """images/s of the loader alone, then of training from it, and the share of training time spent waiting."""
+    alone, _ = timed(loader, cfg, device, px, lambda images, labels, update: None, micro, seconds)
+    training, waiting = timed(loader, cfg, device, px, step, micro, seconds)
+    return {
+        "loader_images_per_second": round(alone, 1),
+        "training_images_per_second": round(training, 1),
+        "data_wait_fraction": round(waiting, 4),
+        "limited_by": "GPU" if waiting < WAITING and device.type == "cuda" else "CPU",
+    }
+
+
+def timed(loader, cfg, device, px, step, micro, seconds):
+    """(images/s, share of waiting) of `step` on batches of as many epochs as `seconds` take, after a warm-up."""
+    kind = loaders.choose_order(loader.info, cfg.data.order)
+    if kind == "page":
+        # what a run reads from disk must not come from memory here
+        with open(loader.info.path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    accumulation = max(1, cfg.training.batch_size // micro)
+    done, waited, images_done, started = 0, 0.0, 0, None
+    for epoch in itertools.count():
+        order = loaders.epoch_order(loader.info, kind, seed=cfg.training.seed, epoch=epoch)
+        order = order[: len(order) // micro * micro]
+        if not len(order):
+            raise RunError(f"{loader.info.path} has fewer images than one micro-batch of {micro}")
+        with loader.batches(order, px, epoch=epoch, read_ahead=kind == "page") as batches, closing(batches):
+            while True:
+                asked = time.perf_counter()
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                waited += time.perf_counter() - asked
+                step(*batch, update=(done + 1) % accumulation == 0)
+                done += 1
+                if done == WARM_UP_STEPS:
+                    finish(device)
+                    started, waited, images_done = time.perf_counter(), 0.0, 0
+                else:
+                    images_done += len(batch[0])
+                if started and time.perf_counter() - started > seconds:
+                    finish(device)
+                    spent = time.perf_counter() - started
+                    return images_done / spent, min(1.0, waited / spent)
+
+
+def share_among(rows, gpus, speeds):
+    """The rows for all GPUs of the machine: measured on one, whose loader had all cores."""
+    if gpus == 1:
+        return rows
+    total = []
+    for row in rows:
+        asked = row["training_images_per_second"] * gpus * speeds.efficiency(gpus)
+        rate = min(asked, row["loader_images_per_second"])
+        limit = row["limited_by"] if rate == asked else "CPU"
+        total.append({**row, "training_images_per_second": round(rate, 1), "limited_by": limit})
+    return total
+
+
+def staging_speed(source, folder):
+    """MB/s from `source` (s3://... by the aws command, or a file) to a file in `folder`, over at most 20 s."""
+    partial_copy = folder / f"preflight.{os.getpid()}.partial"
+    command = ["aws", "s3", "cp", source, "-"] if source.startswith("s3://") else ["cat", source]
+    copied, started = 0, time.perf_counter()
+    try:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            with open(partial_copy, "wb") as out:
+                while time.perf_counter() - started < STAGING_SECONDS:
+                    block = process.stdout.read(8 << 20)
+                    if not block:
+                        break
+                    copied += out.write(block)
+                out.flush()
+                os.fsync(out.fileno())
+            seconds = time.perf_counter() - started
+            process.terminate()
+            message = process.stderr.read().decode(errors="replace").strip()
+    except OSError as error:
+        raise RunError(f"cannot stage from {source}: {error.strerror}") from None
+    finally:
+        partial_copy.unlink(missing_ok=True)
+    if not copied:
+        raise RunError(f"cannot stage from {source}: {message or 'it is empty'}")
+    return round(copied / seconds / 1e6, 1)
+
+
+def revise(table, cfg, report, rungs, budget):
+    """Hours and dollars from what was measured, and go or no-go with the reasons."""
+    validation = cfg.validation
+    recipe = costs.recipe(
+        name=report["config"],
+        epochs=cfg.training.epochs,
+        micro_batch=cfg.training.micro_batch,
+        resolution=vars(cfg.resolution),
+        rung=max(rungs),
+        resolutions=validation.resolutions,
+        headline_resolution=validation.headline_resolution,
+        headline_view=validation.headline_view,
+        every=validation.every,
+    )
+    machine = costs.Machine(
+        name=report["instance"],
+        gpu=report["device"],
+        gpus=report["gpus"],
+        vcpus=report["vcpus"],
+        memory_gib=report["memory_gib"],
+        disk_gb=0,
+        dollars_per_hour=report["dollars_per_hour"],
+        dollars_low=report["dollars_per_hour"],
+        dollars_high=report["dollars_per_hour"],
+        measured={row["resolution"]: row["training_images_per_second"] for row in report["resolutions"]},
+        limits={row["resolution"]: row["limited_by"] for row in report["resolutions"]},
+        micro_batch=report["micro_batch"],
+        staging_mb_per_s=report["staging_mb_per_s"],
+    )
+    images = {**table.constant["images_train"], "value": float(max(info.num_samples for info in rungs.values()))}
+    table = dataclasses.replace(table, constant={**table.constant, "images_train": images})
+    parts, _ = costs.hours(table, costs.fit(table), None, recipe, machine)
+    speed = report["staging_mb_per_s"] or table.value("staging_mb_per_s")
+    parts["staging"] = sum(info.bytes for info in rungs.values()) / (speed * 1e6) / 3600
+    hours = sum(parts.values())
+    dollars, high = (hours * factor * report["dollars_per_hour"] for factor in (1, 1 + costs.MEASURED_SPREAD))
+    reasons = []
+    if report["micro_batch"] < cfg.training.micro_batch:
+        reasons.append(
+            f"training.micro_batch={cfg.training.micro_batch} does not fit this GPU; "
+            f"--training.micro_batch={report['micro_batch']} does, and BatchNorm then sees fewer images"
+        )
+    if high > budget:
+        reasons.insert(0, f"${high:.2f} (measured speed + {costs.MEASURED_SPREAD:.0%}) is more than ${budget:g}")
+    go = not reasons
+    if any(row["data_wait_fraction"] >= WAITING for row in report["resolutions"]):
+        reasons.append("training waits for data: more vCPU or a smaller data.rung would speed it up")
+    return {
+        "hours": round(hours, 3),
+        "hours_by_part": {name: round(value, 3) for name, value in parts.items()},
+        "dollars": round(dollars, 2),
+        "dollars_high": round(high, 2),
+        "budget": budget,
+        "go": go,
+        "reasons": reasons,
+    }
+
+
+def dollars_per_hour(table, args):
+    if args.dollars_per_hour:
+        return args.dollars_per_hour
+    prices = {row["name"]: row["value"] for row in table.instance}
+    if args.instance not in prices:
+        raise UsageError(
+            f"no price is known for {args.instance or 'this machine'}: give --dollars-per-hour, or --instance with one "
+            f"of {', '.join(prices)}"
+        )
+    return prices[args.instance]
+
+
+def positive(text):
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def arguments():
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="Further arguments are settings of train_imagenet.py."
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the recipe's YAML")
+    parser.add_argument("--data", required=True, help="folder of train_SIZE.beton")
+    parser.add_argument("--budget", type=positive, required=True, help="dollars")
+    parser.add_argument("--instance", help="EC2 type, for its on-demand price")
+    parser.add_argument("--dollars-per-hour", type=positive, help="what you pay, for instance on spot")
+    parser.add_argument("--source", help="where betons are staged from: s3://BUCKET/FILE or a path")
+    parser.add_argument("--seconds", type=positive, default=60, help="of each of two measurements a resolution")
+    parser.add_argument("--json", metavar="OUT", help="for tools/plan_run.py --preflight")
+    return parser.parse_known_args()
+
+
+if __name__ == "__main__":
+    errors.run(main)
