@@ -1,8 +1,12 @@
 """What a run talks to over HTTP, each on a port of its own: EC2's instance metadata, and S3 by moto."""
 
 import json
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
@@ -70,3 +74,41 @@ class Metadata:
         while self.requests < count:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+class MotoS3:
+    """moto's server in a process of its own, with the buckets `chaos` and `bucket`."""
+
+    def __init__(self):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.environment = {
+            "AWS_ENDPOINT_URL": self.url,
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+        self._command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+
+    def __enter__(self):
+        self._process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for bucket in ("chaos", "bucket"):
+            self._make(bucket)
+        return self
+
+    def _make(self, bucket, within=60):
+        deadline = time.monotonic() + within
+        while True:
+            try:
+                request = urllib.request.Request(f"{self.url}/{bucket}", method="PUT")
+                return urllib.request.urlopen(request, timeout=5).close()
+            except OSError:
+                assert time.monotonic() < deadline
+                assert self._process.poll() is None
+                time.sleep(0.05)
+
+    def __exit__(self, *error):
+        self._process.kill()
+        self._process.wait()
