@@ -3,35 +3,43 @@
     python train_imagenet.py --config-file rn50_configs/rn50_16_epochs.yaml --data.dir=/data/betons
     torchrun --nproc_per_node=8 train_imagenet.py --config-file ...   # the same recipe on more GPUs
 
-Repeating a command continues the run where its last checkpoint is. Every key of a config can be given as
+Repeating a command continues the run at the step where its last checkpoint is. Every key of a config can be given as
 --section.key=value; --help lists them.
 """
+
+if __name__ == "__main__":
+    from rn50 import interruption
+
+    interruption.catch_signals()  # importing torch takes seconds, in which a signal should not be lost
 
 import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from fastargs import Param, Section
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
-from rn50 import checkpoint, config, distributed, errors, loaders, schedules
+from rn50 import checkpoint, config, distributed, errors, interruption, loaders, schedules
 from rn50.augment import color_jitter, jitter_factors, normalize
+from rn50.beton import fingerprint, refuse_others
 from rn50.config import choice, either, number, numbers, switch, text, whole
 from rn50.ema import EMA
-from rn50.errors import RunError, UsageError
+from rn50.errors import RunError, Stopped, UsageError
 from rn50.evaluate import evaluate, report_lines
 from rn50.losses import binary_cross_entropy, cross_entropy
+from rn50.mirror import Mirror
 from rn50.model import ARCHITECTURES, build_model
-from rn50.optimizer import build_optimizer, set_learning_rate
+from rn50.optimizer import FiniteSteps, build_optimizer, set_learning_rate
 from rn50.order import evaluation_share, rank_positions, steps_per_epoch
 from rn50.precision import autocast_dtype, dtype_name
-from rn50.run_log import RunLog, describe_environment
+from rn50.progress import Bar, Progress, Stopwatch
+from rn50.run_log import RunLog, describe_environment, make_folder, recorded
 
 Section("model", "Network").params(
     arch=Param(choice(*ARCHITECTURES), "torchvision architecture", default="resnet50"),
@@ -96,31 +104,45 @@ Section("validation", "Evaluation").params(
 Section("logging", "Run folder").params(
     folder=Param(text(), "where run folders are", default="runs"),
     run_name=Param(text(), "the run's folder; the same name resumes", required=True),
+    checkpoint_minutes=Param(number(0), "between checkpoints; one is also made at the end of every epoch", default=10),
+    checkpoint_steps=Param(whole(0), "optimizer steps between checkpoints; 0: only by time", default=0),
+    mirror=Param(text(), "s3://bucket/prefix that gets a copy of the run folder, to go on with on another machine"),
 )
 
 # What may differ when a run resumes: it changes where and how fast the run is, not what it computes.
 NOT_RECIPE = {"data.dir", "data.workers", "data.timeout_minutes", "training.device", "training.eval_only"}
 NOT_RECIPE |= {"training.checkpoint"}
 RECIPE_SECTIONS = ("model", "training", "lr", "resolution", "data")
-# How often the bar moves, and how often a line is printed where there is no terminal for a bar.
-PROGRESS_SECONDS = 1.0
-LINE_SECONDS = 60.0
+# How long a finished run waits for room on a full disk, and one that fails for the checkpoint it is writing.
+DISK_PATIENCE, FAILURE_PATIENCE = 600.0, 30.0
 
 
 def main():
     cfg = config.load(__doc__.splitlines()[0])
     check(cfg)
-    device, rank, world_size = distributed.setup(cfg.training.device)
-    try:
-        check_batch(cfg, world_size)
-        run = build_run(cfg, device, rank, world_size)
-        if cfg.training.eval_only:
-            restore_weights(run, checkpoint.load(cfg.training.checkpoint or run.folder / checkpoint.LAST))
-            report(run, final_evaluation(run))
-        else:
-            fit(run)
-    finally:
+    (evaluate_only if cfg.training.eval_only else train)(cfg)
+    interruption.release_signals()
+
+
+def train(cfg):
+    folder, progress = run_folder(cfg), Progress()
+    if distributed.local_rank() == 0:
+        interruption.watch_ec2()
+    with contextlib.ExitStack() as at_last, recorded(folder, progress, rank=distributed.rank()), distributed.contact():
+        run = build_run(cfg, progress)
+        if run.rank == 0 and cfg.logging.mirror:
+            run.mirror = Mirror(cfg.logging.mirror, folder=folder, warn=run.warn)
+            at_last.callback(run.mirror.put_records)
+        fit(run)
         distributed.shutdown()
+
+
+def evaluate_only(cfg):
+    interruption.release_signals()
+    run = build_run(cfg, Progress())
+    restore_weights(run, checkpoint.load(cfg.training.checkpoint or run.folder / checkpoint.LAST))
+    report(run, final_evaluation(run))
+    distributed.shutdown()
 
 
 def check(cfg):
@@ -174,24 +196,31 @@ class Run:
     say: Callable
     train: loaders.Ladder
     val: loaders.Ladder
+    betons: dict  # {file name: fingerprint} of both
     network: torch.nn.Module  # bare, so that checkpoints have plain keys
     model: torch.nn.Module  # the same, compiled and distributed as asked for
     ema: EMA | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
+    finite: FiniteSteps
     precision: torch.dtype
     autocast: Callable
-    epochs_done: int = 0
-    step: int = 0
-    images_seen: int = 0
-    seconds: float = 0.0
+    progress: Progress
+    checkpoints: checkpoint.Writer | None = None
+    mirror: Mirror | None = None
 
     def warn(self, message):
         self.say(f"warning: {message}")
 
 
-def build_run(cfg, device, rank, world_size):
-    """Open the data and make the network and its optimizer, all at their beginning."""
+def run_folder(cfg):
+    return Path(cfg.logging.folder) / cfg.logging.run_name
+
+
+def build_run(cfg, progress):
+    """Join the other ranks, open the data and make the network and its optimizer, all at their beginning."""
+    device, rank, world_size = distributed.setup(cfg.training.device, timeout=60 * cfg.data.timeout_minutes + 300)
+    check_batch(cfg, world_size)
     train, val = open_data(cfg, device)
     torch.manual_seed(cfg.training.seed)
     network = build_model(
@@ -208,28 +237,33 @@ def build_run(cfg, device, rank, world_size):
     if world_size > 1:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     dtype = autocast_dtype(cfg.training.precision, device)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    optimizer = build_optimizer(
+        network,
+        momentum=cfg.training.momentum,
+        nesterov=cfg.training.nesterov,
+        weight_decay=cfg.training.weight_decay,
+        decay=cfg.training.decay,
+    )
     return Run(
         cfg=cfg,
         device=device,
         rank=rank,
         world_size=world_size,
-        folder=Path(cfg.logging.folder) / cfg.logging.run_name,
+        folder=run_folder(cfg),
         say=partial(print, flush=True) if rank == 0 else lambda *args: None,
         train=train,
         val=val,
+        betons={Path(info.path).name: fingerprint(info) for info in [*train.rungs.values(), *val.rungs.values()]},
         network=network,
         model=model,
         ema=EMA(network, half_life=cfg.model.ema_half_life) if cfg.model.ema_half_life else None,
-        optimizer=build_optimizer(
-            network,
-            momentum=cfg.training.momentum,
-            nesterov=cfg.training.nesterov,
-            weight_decay=cfg.training.weight_decay,
-            decay=cfg.training.decay,
-        ),
-        scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
+        optimizer=optimizer,
+        scaler=scaler,
+        finite=FiniteSteps(network, optimizer, scaler),
         precision=dtype,
         autocast=partial(torch.autocast, device.type, dtype=dtype, enabled=dtype != torch.float32),
+        progress=progress,
     )
 
 
@@ -255,138 +289,206 @@ def open_data(cfg, device):
 
 
 def fit(run):
-    """All epochs that the run's checkpoint does not have yet, then the final evaluation."""
-    cfg = run.cfg
-    saved = checkpoint.newest(run.folder, warn=run.warn)
-    if saved:
-        restore(run, saved)
-        run.say(f"resuming {run.folder} after epoch {run.epochs_done} of {cfg.training.epochs}")
-    log = None
-    if run.rank == 0:
-        make_folder(run.folder)
-        environment = {"precision": dtype_name(run.precision)} | describe_environment(
-            device=run.device, world_size=run.world_size, betons=[*run.train.rungs.values(), *run.val.rungs.values()]
-        )
-        log = RunLog(run.folder, config=config.to_dict(cfg), environment=environment, epochs_done=run.epochs_done)
-    announce(run)
-    results = None
-    for epoch in range(run.epochs_done, cfg.training.epochs):
-        last = epoch + 1 == cfg.training.epochs
-        row = train_one_epoch(run, epoch)
-        started = time.perf_counter()
-        if last:
-            results = final_evaluation(run)
-            row |= results[cfg.validation.headline_resolution][cfg.validation.headline_view]
-        elif (epoch + 1) % cfg.validation.every == 0:
-            views = evaluate_at(run, cfg.validation.headline_resolution, flip=cfg.validation.headline_view == "flip")
-            row |= views[cfg.validation.headline_view]
-        row |= {"val_seconds": round(time.perf_counter() - started, 3)}
-        run.epochs_done = epoch + 1
-        if run.rank == 0:
+    """All steps that the run's checkpoint does not have yet, then the final evaluation."""
+    cfg, progress = run.cfg, run.progress
+    log = begin(run)
+    try:
+        stop_if_asked(run)
+        results = None
+        while progress.epoch < cfg.training.epochs:
+            last = progress.epoch + 1 == cfg.training.epochs
+            row = train_one_epoch(run)
+            # before the evaluation: one that is interrupted must not cost the epoch
+            save(run, last=last)
+            started = time.perf_counter()
             if last:
+                results = final_evaluation(run)
+                row |= results[cfg.validation.headline_resolution][cfg.validation.headline_view]
                 row["evaluation"] = results
-            log.add_epoch(row)
-            checkpoint.save(run.folder, state(run))
-            accuracy = f"  top-1 {row['top1']:.2f} %" if "top1" in row else ""
-            run.say(
-                f"epoch {epoch + 1}/{cfg.training.epochs}  {row['resolution']} px  loss {row['train_loss']:.3f}"
-                f"{accuracy}  {row['images_per_second']:.0f} img/s  {row['data_wait_fraction']:.0%} waiting for data  "
-                f"{row['train_seconds']:.0f} s"
-            )
-        distributed.barrier()
-    report(run, results or final_evaluation(run))
+            elif (progress.epoch + 1) % cfg.validation.every == 0:
+                flip = cfg.validation.headline_view == "flip"
+                row |= evaluate_at(run, cfg.validation.headline_resolution, flip)[cfg.validation.headline_view]
+            row["val_seconds"] = round(time.perf_counter() - started, 3)
+            progress.next_epoch()
+            if log:
+                log.add_epoch(row)
+                say_epoch(run, row)
+            if last:
+                save(run, last=True)  # with the last row: whoever has this file has the whole log
+        report(run, results or final_evaluation(run))
+    except Stopped as stop:
+        if run.rank == 0 and run.checkpoints.step != progress.step:
+            save(run)
+        run.say(f"stopping at step {progress.step}: {stop}; the same command goes on from there")
+        if run.checkpoints:
+            run.checkpoints.finish(interruption.STOP_SECONDS)
+        raise
+    except Exception:
+        if run.checkpoints:
+            run.checkpoints.finish(FAILURE_PATIENCE)
+        raise
     if log:
+        run.checkpoints.finish(DISK_PATIENCE, required=True)
         log.close()
 
 
-def train_one_epoch(run, epoch):
-    """One pass over the training set; gives the epoch's row of the log."""
-    cfg, training = run.cfg, run.cfg.training
+def begin(run):
+    """Take over the newest checkpoint, if there is one; gives the log, on rank 0."""
+    cfg, progress = run.cfg, run.progress
+    saved = None
+    if run.rank == 0:
+        make_folder(run.folder)
+        saved = checkpoint.newest(run.folder, warn=run.warn, mirror=run.mirror)
+    saved, betons = distributed.from_rank_0((saved, run.betons))
+    refuse_others(betons, run.betons, "which rank 0 reads")
+    if saved:
+        restore(run, saved)
+        run.say(
+            f"resuming {run.folder} at step {progress.step}: "
+            f"after epoch {progress.epoch} of {cfg.training.epochs} and {progress.epoch_step} steps"
+        )
+    announce(run)
+    if run.rank != 0:
+        return None
+    run.checkpoints = checkpoint.Writer(run.folder, step=progress.step, warn=run.warn, mirror=run.mirror)
+    environment = describe_environment(
+        device=run.device, world_size=run.world_size, betons=[*run.train.rungs.values(), *run.val.rungs.values()]
+    )
+    return RunLog(
+        run.folder,
+        config=config.to_dict(cfg),
+        environment={"precision": dtype_name(run.precision)} | environment,
+        rows=progress.rows,
+        warn=run.warn,
+    )
+
+
+def stop_if_asked(run, in_a_row=0):
+    """Between two steps, on all ranks at the same one: end where something asked for it or nothing is learned.
+
+    in_a_row: how many steps in a row were left out, as far as this rank knows.
+    """
+    asked, in_a_row = distributed.agree(int(interruption.reason() is not None), in_a_row)
+    if in_a_row >= run.finite.LIMIT:
+        raise RunError(
+            f"the loss or its gradient was not finite in {in_a_row} steps in a row, up to step {run.progress.step}: "
+            "lower lr.lr_per_256 or use training.precision=bf16; the last checkpoint is from before"
+        )
+    if asked:
+        raise Stopped(interruption.reason() or "another rank was asked to stop")
+
+
+def save(run, *, last=False):
+    """Have a checkpoint written, unless the newest steps were left out: what comes of that is not known yet."""
+    if run.rank == 0 and (last or not run.finite.in_a_row.item()):
+        run.checkpoints.put(state(run))
+
+
+def train_one_epoch(run):
+    """The steps of the epoch that are left; gives the epoch's row of the log."""
+    cfg, training, progress = run.cfg, run.cfg.training, run.progress
+    epoch = progress.epoch
     resolution = epoch_resolution(cfg, epoch)
     side = loaders.training_rung(run.train.rungs, resolution, cfg.data.rung)
     info = run.train.rungs[side]
-    steps = steps_per_epoch(info.num_samples, training.batch_size)
+    steps = progress.epoch_steps = steps_per_epoch(info.num_samples, training.batch_size)
     if steps == 0:
         raise RunError(
             f"training.batch_size={training.batch_size} is more than the {info.num_samples} images there are"
         )
+    if progress.epoch_step < steps:
+        train_steps(run, side, resolution, steps)
+    images, skipped = steps * training.batch_size, run.finite.skipped.item()
+    run.finite.skipped.zero_()
+    return {
+        "epoch": epoch,
+        "step": progress.step,
+        "resolution": resolution,
+        "rung": side,
+        "lr": learning_rate(cfg, epoch + (steps - 1) / steps),
+        "train_loss": float(progress.loss_sum) / max(1, steps - skipped),
+        "skipped_steps": skipped,
+        "images_per_second": round(images / progress.epoch_seconds, 2),
+        "data_wait_fraction": round(progress.waiting_seconds / progress.epoch_seconds, 4),
+        "train_seconds": round(progress.epoch_seconds, 3),
+        "cpu_seconds": round(progress.cpu_seconds, 3),
+        "images_seen": progress.images_seen,
+        "elapsed_seconds": round(progress.seconds, 3),
+    }
+
+
+def train_steps(run, side, resolution, steps):
+    """Steps progress.epoch_step to `steps` of an epoch, from the images of one rung."""
+    cfg, training, progress = run.cfg, run.cfg.training, run.progress
+    epoch, info = progress.epoch, run.train.rungs[side]
     kind = loaders.choose_order(info, cfg.data.order)
-    order = loaders.epoch_order(info, kind, seed=training.seed, epoch=epoch)
     mine = rank_positions(
-        order,
+        loaders.epoch_order(info, kind, seed=training.seed, epoch=epoch),
         batch_size=training.batch_size,
         micro_batch=training.micro_batch,
         rank=run.rank,
         world_size=run.world_size,
+        first_step=progress.epoch_step,
     )
-    accumulation = training.batch_size // (training.micro_batch * run.world_size)
-    loader = run.train.loader(side)
+    share = mine.reshape(steps - progress.epoch_step, -1, training.micro_batch)
     run.model.train()
-    loss_sum = torch.zeros((), dtype=torch.float64, device=run.device)
-    started = shown = printed = time.perf_counter()
-    processor_started, waited = time.process_time(), 0.0
+    run.finite.remember()
+    stopwatch = Stopwatch()
     with (
-        loader.batches(mine, resolution, epoch=epoch, read_ahead=kind == "page") as batches,
-        tqdm(
+        run.train.loader(side).batches(mine, resolution, epoch=epoch, read_ahead=kind == "page") as batches,
+        Bar(
+            title=f"epoch {epoch + 1}/{training.epochs} {resolution} px",
+            done=progress.epoch_step,
             total=steps,
-            desc=f"epoch {epoch + 1}/{training.epochs} {resolution} px",
-            unit="step",
-            disable=None if run.rank == 0 else True,
-            leave=False,
-            mininterval=PROGRESS_SECONDS,
+            say=run.say,
+            shown=run.rank == 0,
         ) as bar,
     ):
-        for step in range(steps):
-            rate = learning_rate(cfg, epoch + step / steps)
+        for micro_batches in share:
+            rate = learning_rate(cfg, epoch + progress.epoch_step / steps)
             set_learning_rate(run.optimizer, rate)
-            for micro in range(accumulation):
+            loss = torch.zeros((), dtype=torch.float64, device=run.device)
+            for number, samples in enumerate(micro_batches, start=1):
                 asked = time.perf_counter()
                 images, labels = next(batches)
-                waited += time.perf_counter() - asked
-                synchronise = contextlib.nullcontext() if micro + 1 == accumulation else without_reduction(run.model)
-                first = (step * accumulation + micro) * training.micro_batch
-                images = jitter(cfg, images, mine[first : first + len(images)], epoch)
-                with synchronise:
-                    loss_sum += forward_backward(run, images, labels, accumulation)
-            run.scaler.step(run.optimizer)
-            run.scaler.update()
+                progress.waiting_seconds += time.perf_counter() - asked
+                images = jitter(cfg, images, samples, epoch)
+                with contextlib.nullcontext() if number == len(micro_batches) else without_reduction(run.model):
+                    loss += forward_backward(run, images, labels, len(micro_batches))
+            progress.loss_sum += run.finite.step(distributed.total(loss) / run.world_size)
             run.optimizer.zero_grad(set_to_none=True)
             if run.ema:
                 run.ema.update(run.network)
-            run.step += 1
-            now = time.perf_counter()
-            if now - shown > PROGRESS_SECONDS or step + 1 == steps:
-                shown = now
-                loss = loss_sum.item() / (step + 1)
-                if not torch.isfinite(loss_sum):
-                    raise RunError(
-                        f"the loss is not finite at step {run.step}: lower lr.lr_per_256 or use "
-                        f"training.precision=bf16; the last checkpoint is of epoch {run.epochs_done}"
-                    )
-                speed = (step + 1) * training.batch_size / (now - started)
-                status = f"loss {loss:.3f}, lr {rate:.4f}, {speed:.0f} img/s, {waited / (now - started):.0%} waiting"
-                bar.set_postfix_str(status)
-                if bar.disable and now - printed > LINE_SECONDS:
-                    printed = now
-                    run.say(f"epoch {epoch + 1}/{training.epochs} {resolution} px  step {step + 1}/{steps}  {status}")
-            bar.update()
-    seconds = time.perf_counter() - started
-    run.seconds += seconds
-    run.images_seen += steps * training.batch_size
-    return {
-        "epoch": epoch,
-        "step": run.step,
-        "resolution": resolution,
-        "rung": side,
-        "lr": rate,
-        "train_loss": distributed.total(loss_sum).item() / (steps * run.world_size),
-        "images_per_second": round(steps * training.batch_size / seconds, 2),
-        "data_wait_fraction": round(waited / seconds, 4),
-        "train_seconds": round(seconds, 3),
-        "cpu_seconds": round(time.process_time() - processor_started, 3),
-        "images_seen": run.images_seen,
-        "elapsed_seconds": round(run.seconds, 3),
-    }
+            progress.count_step(images=training.batch_size, **stopwatch.lap())
+            bar.advance()
+            in_a_row = 0
+            if bar.due() or progress.epoch_step == steps:
+                in_a_row = run.finite.in_a_row.item()
+                bar.state(progress.epoch_step, status_line(run, rate))
+            stop_if_asked(run, in_a_row)
+            if run.checkpoints and run.checkpoints.due(
+                progress.step, steps=cfg.logging.checkpoint_steps, minutes=cfg.logging.checkpoint_minutes
+            ):
+                save(run)
+
+
+def status_line(run, rate):
+    progress = run.progress
+    loss = float(progress.loss_sum) / max(1, progress.epoch_step - run.finite.skipped.item())
+    speed = progress.epoch_step * run.cfg.training.batch_size / progress.epoch_seconds
+    waiting = progress.waiting_seconds / progress.epoch_seconds
+    return f"loss {loss:.3f}, lr {rate:.4f}, {speed:.0f} img/s, {waiting:.0%} waiting"
+
+
+def say_epoch(run, row):
+    accuracy = f"  top-1 {row['top1']:.2f} %" if "top1" in row else ""
+    run.say(
+        f"epoch {row['epoch'] + 1}/{run.cfg.training.epochs}  {row['resolution']} px  loss {row['train_loss']:.3f}"
+        f"{accuracy}  {row['images_per_second']:.0f} img/s  {row['data_wait_fraction']:.0%} waiting for data  "
+        f"{row['train_seconds']:.0f} s"
+    )
+    if row["skipped_steps"]:
+        run.warn(f"{row['skipped_steps']} steps of it were left out: their loss or gradient was not finite")
 
 
 def jitter(cfg, images, samples, epoch):
@@ -410,12 +512,23 @@ def forward_backward(run, images, labels, accumulation):
 
 def evaluate_at(run, resolution, flip):
     """Figures of the EMA's weights, or of the network's where there is no EMA: {view: figures}."""
-    ratio = run.cfg.validation.crop_ratio
-    side = loaders.validation_rung(run.val.rungs, resolution, ratio, warn=run.warn)
-    share = evaluation_share(run.val.rungs[side].num_samples, rank=run.rank, world_size=run.world_size)
+    validation = run.cfg.validation
+    side = loaders.validation_rung(run.val.rungs, resolution, validation.crop_ratio, warn=run.warn)
+    samples = run.val.rungs[side].num_samples
+    share = evaluation_share(samples, rank=run.rank, world_size=run.world_size)
+    # rank 0 has the largest share; all ask as often as it does, or they would not ask together
+    rounds = -(-len(evaluation_share(samples, rank=0, world_size=run.world_size)) // validation.batch_size)
     network = run.ema.model if run.ema else run.network
+    distributed.share_buffers(network)
     with run.val.loader(side).batches(share, resolution) as batches:
+        batches = until_stopped(run, batches, rounds)
         return evaluate(network, batches, device=run.device, autocast=run.autocast, flip=flip)
+
+
+def until_stopped(run, batches, rounds):
+    for _ in range(rounds):
+        stop_if_asked(run)
+        yield from islice(batches, 1)
 
 
 def final_evaluation(run):
@@ -425,8 +538,8 @@ def final_evaluation(run):
 
 def report(run, results):
     validation = run.cfg.validation
-    weights = "EMA weights" if run.ema else "weights"
-    run.say(f"\nevaluation of the {weights} after epoch {run.epochs_done}, centre crop {validation.crop_ratio:g}")
+    weights, epochs = "EMA weights" if run.ema else "weights", run.progress.epochs
+    run.say(f"\nevaluation of the {weights} after epoch {epochs:.4g}, centre crop {validation.crop_ratio:g}")
     for line in report_lines(results, headline=(validation.headline_resolution, validation.headline_view)):
         run.say(line)
 
@@ -438,25 +551,28 @@ def state(run):
         "ema": run.ema.state_dict() if run.ema else None,
         "optimizer": run.optimizer.state_dict(),
         "scaler": run.scaler.state_dict(),
-        "epochs_done": run.epochs_done,
-        "step": run.step,
-        "images_seen": run.images_seen,
-        "seconds": run.seconds,
+        "finite": run.finite.state_dict(),
+        "step": run.progress.step,
+        "progress": vars(run.progress),
         "config": config.to_dict(run.cfg),
+        "betons": run.betons,
     }
 
 
 def restore(run, saved):
-    """Continue where a checkpoint of the same recipe was written."""
-    refuse_changed_recipe(saved["config"], config.to_dict(run.cfg), run.folder)
+    """Continue where a checkpoint of the same recipe and data was written."""
+    config.refuse_change(
+        saved["config"], config.to_dict(run.cfg), sections=RECIPE_SECTIONS, free=NOT_RECIPE, folder=run.folder
+    )
+    refuse_others(saved["betons"], run.betons, f"which the run in {run.folder} was started with")
     restore_weights(run, saved)
     run.optimizer.load_state_dict(saved["optimizer"])
     run.scaler.load_state_dict(saved["scaler"])
-    run.step, run.images_seen, run.seconds = saved["step"], saved["images_seen"], saved["seconds"]
+    run.finite.load_state_dict(saved["finite"])
 
 
 def restore_weights(run, saved):
-    """Take over just the weights, whatever recipe made them."""
+    """Take over just the weights and how far they have come, whatever recipe made them."""
     try:
         run.network.load_state_dict(saved["model"])
     except RuntimeError as error:
@@ -465,7 +581,7 @@ def restore_weights(run, saved):
     run.ema = (run.ema or EMA(run.network, half_life=1)) if saved["ema"] else None
     if run.ema:
         run.ema.load_state_dict(saved["ema"])
-    run.epochs_done = saved["epochs_done"]
+    vars(run.progress).update(saved["progress"])
 
 
 def without_reduction(model):
@@ -491,17 +607,6 @@ def epoch_resolution(cfg, epoch):
     return schedules.resolution(epoch, **vars(cfg.resolution))
 
 
-def refuse_changed_recipe(saved, current, folder):
-    for section in RECIPE_SECTIONS:
-        for key in {**saved[section], **current[section]}:
-            name, value = f"{section}.{key}", current[section].get(key)
-            if name not in NOT_RECIPE and saved[section].get(key) != value:
-                raise UsageError(
-                    f"{name} is {value} but the run in {folder} was started with {saved[section].get(key)}; "
-                    "restore it, or choose another logging.run_name"
-                )
-
-
 def announce(run):
     cfg = run.cfg
     batch, micro = cfg.training.batch_size, cfg.training.micro_batch
@@ -515,13 +620,6 @@ def announce(run):
         f"{micro} x {run.world_size} ranks x {accumulation} accumulated, peak learning rate {peak:g}; "
         f"{loaders.choose_order(info, cfg.data.order)} order; run folder {run.folder}"
     )
-
-
-def make_folder(folder):
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

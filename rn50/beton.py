@@ -512,6 +512,27 @@ def manifest_path(beton_path):
     return os.path.splitext(str(beton_path))[0] + ".json"
 
 
+def fingerprint(info):
+    """A sha256 that changes with the images: of all samples' metadata, and of the manifest's checksum if there is one.
+
+    It costs no reading of images; a JPEG that is another one has another size.
+    """
+    digest = hashlib.sha256(info.manifest["beton"]["sha256"].encode() if info.manifest else b"")
+    for array in (info.modes, info.widths, info.heights, info.labels, info.data_ptrs, info.sizes):
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def refuse_others(theirs, mine, whose):
+    """RunError that names the first file that differs between two {file name: fingerprint}; `whose` are `theirs`."""
+    for name in sorted({**theirs, **mine}):
+        if theirs.get(name) != mine.get(name):
+            what = "is missing here" if name not in mine else "is new" if name not in theirs else "has other content"
+            raise RunError(
+                f"the data is not that {whose}: {name} {what}; restore data.dir, or choose another logging.run_name"
+            )
+
+
 def read_manifest(beton_path):
     """The manifest beside a .beton file, or None; RunError when it is there and cannot be read."""
     path = manifest_path(beton_path)

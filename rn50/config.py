@@ -156,6 +156,18 @@ def to_dict(namespace):
     }
 
 
+def refuse_change(saved, current, *, sections, free, folder):
+    """UsageError naming the first key of `sections`, except those in `free`, in which two nested dicts differ."""
+    for section in sections:
+        for key in {**saved[section], **current[section]}:
+            name, value = f"{section}.{key}", current[section].get(key)
+            if name not in free and saved[section].get(key) != value:
+                raise UsageError(
+                    f"{name} is {value} but the run in {folder} was started with {saved[section].get(key)}; "
+                    "restore it, or choose another logging.run_name"
+                )
+
+
 def _namespace(declared):
     sections = {}
     for path, param in declared.entries.items():

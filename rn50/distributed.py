@@ -1,29 +1,48 @@
-"""torchrun's environment, and sums over all ranks. Without torchrun: one rank, nothing to set up."""
+"""torchrun's environment, and what ranks tell each other. Without torchrun: one rank, nothing to set up."""
 
 import os
+from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from rn50.errors import RunError
 
-def setup(device_name):
+
+class LostContact(RunError):
+    """Another rank died, hangs or left; it says why itself, if it can."""
+
+
+def setup(device_name, *, timeout=600):
     """Join the process group that torchrun describes and choose this rank's device.
 
-    device_name: `auto` (CUDA when there is one), `cuda` or `cpu`. Returns (device, rank, world_size). The
-    device is set before anything allocates on it, or every rank would open a context on GPU 0.
+    device_name: `auto` (CUDA when there is one), `cuda` or `cpu`. timeout: seconds after which a rank that does not
+    answer is given up. Returns (device, rank, world_size). The device is set before anything allocates on it, or every
+    rank would open a context on GPU 0.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device_name, local_rank) if device_name == "cuda" else torch.device("cpu")
+    device = torch.device(device_name, local_rank()) if device_name == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # ffcv sets torch to one thread as it is imported
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // ranks_on_this_node())))
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # gloo beside NCCL: what hosts tell each other does not make their GPUs wait, and a dead host is noticed at once
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
         return device, dist.get_rank(), dist.get_world_size()
     return device, 0, 1
+
+
+def rank():
+    """This process's rank, also before `setup`."""
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def cores():
@@ -43,9 +62,44 @@ def total(tensor):
     return tensor
 
 
-def barrier():
+def agree(*values):
+    """The largest of each of the whole numbers `values` over all ranks, as a list. Between the hosts: no GPU waits."""
+    if not dist.is_initialized():
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def from_rank_0(value):
+    """Rank 0's `value`, tensors (on the CPU) and plain values, on every rank."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    return values[0]
+
+
+def share_buffers(model):
+    """Give every rank rank 0's buffers, which are those that checkpoints hold: BatchNorm's differ from rank to rank."""
     if dist.is_initialized():
-        dist.barrier()
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+@contextmanager
+def contact():
+    """Turns the loss of another rank during the block into LostContact, one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error)
+        if not dist.is_initialized() or not ("gloo" in message.lower() or isinstance(error, dist.DistError)):
+            raise
+        raise LostContact(
+            f"rank {dist.get_rank()} lost contact with another rank ({message.splitlines()[0]}), whose own message, "
+            "if it has one, says why; repeat the command to go on from the last checkpoint"
+        ) from error
 
 
 def shutdown():

@@ -1,6 +1,11 @@
-"""The two ways a command may fail on purpose; everything else is a bug and keeps its traceback."""
+"""The ways a command may end on purpose; everything else is a bug and keeps its traceback."""
 
+import os
 import sys
+import traceback
+
+# Exit statuses of a planned stop, by the word for it in status.json.
+PLANNED = {"interrupted": 3}
 
 
 class UsageError(Exception):
@@ -11,16 +16,49 @@ class RunError(Exception):
     """The world is not as the command needs it (file, disk, data): one line on stderr, exit status 1."""
 
 
+class Stopped(Exception):
+    """A planned stop: the same command goes on from here. Exit status by PLANNED[status]; 0 under torchrun."""
+
+    def __init__(self, reason, status="interrupted"):
+        super().__init__(reason)
+        self.status = status
+
+
+def planned_exit(status):
+    """The exit status of a planned stop. torchrun would start again whatever ends with another status than 0."""
+    return 0 if under_torchrun() else PLANNED[status]
+
+
+def under_torchrun():
+    return "RANK" in os.environ
+
+
 def run(main):
     """Call `main()` and end the process: status 0, or one line and the status that the error stands for."""
     try:
         main()
+    except Stopped as stop:
+        _leave(planned_exit(stop.status))
     except UsageError as error:
-        sys.exit(_report(error, 2))
+        _leave(_report(error, 2))
     except RunError as error:
-        sys.exit(_report(error, 1))
+        _leave(_report(error, 1))
     except KeyboardInterrupt:
-        sys.exit(_report("interrupted", 130))
+        _leave(_report("interrupted", 130))
+    except Exception:
+        if not under_torchrun():
+            raise
+        traceback.print_exc()
+        _leave(1)
+
+
+def _leave(status):
+    if under_torchrun():
+        # the interpreter's own end waits for threads that may wait for a dead rank for ever
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def _report(error, status):

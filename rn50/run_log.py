@@ -1,10 +1,14 @@
-"""A run's folder: config.yaml, environment.json, log.jsonl (one row an epoch) and TensorBoard events."""
+"""A run's folder: config.yaml, environment.json, log.jsonl (one row an epoch), TensorBoard events, status.json."""
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -12,52 +16,145 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from rn50.distributed import cores
+from rn50 import interruption
+from rn50.distributed import LostContact, cores
+from rn50.errors import RunError, Stopped
 
 PACKAGES = ("rn50", "torch", "torchvision", "ffcv", "numpy", "numba", "opencv-python", "fastargs")
 
 
 def write_atomically(path, content):
     """Put the text `content` at `path` whole or not at all."""
-    partial = Path(f"{path}.partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    aside = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def make_folder(folder):
+    """Make the run's folder; RunError where that or writing into it is not possible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
+    if not os.access(folder, os.W_OK):
+        raise RunError(f"the run folder {folder} cannot be written to; change its permissions or logging.folder")
+
+
+def write_status(folder, *, status, reason, step, epoch):
+    """How the last command in this folder ended: folder/status.json, written as a whole.
+
+    status: `finished`, `interrupted` or `failed`. step, epoch: optimizer steps and whole epochs that were done.
+    Nothing is written, and nothing raised, where there is no such folder or it cannot be written.
+    """
+    content = {"status": status, "reason": reason, "step": step, "epoch": epoch, "time": time.time()}
+    if Path(folder).is_dir():
+        with contextlib.suppress(OSError):
+            write_atomically(Path(folder) / "status.json", json.dumps(content) + "\n")
+
+
+@contextmanager
+def recorded(folder, progress, *, rank):
+    """How the block ends is in folder/status.json; while it runs there is none.
+
+    progress: an object with `step` and `epoch`, read at the end. Rank 0 writes for all, except that any rank may be the
+    first to say why the run failed: the others then only say that it is gone.
+    """
+    path = Path(folder) / "status.json"
+
+    def write(status, reason):
+        if rank == 0 or (status == "failed" and not path.exists()):
+            write_status(folder, status=status, reason=reason, step=progress.step, epoch=progress.epoch)
+
+    if rank == 0:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    interruption.at_forced_exit(partial(write, "interrupted"))
+    try:
+        yield
+        write("finished", "all epochs are done")
+    except Stopped as stop:
+        write(stop.status, str(stop))
+        raise
+    except LostContact as error:
+        if not path.exists():
+            write("failed", str(error))
+        raise
+    except Exception as error:
+        write("failed", " ".join(str(error).split()) or type(error).__name__)
+        raise
+    finally:
+        interruption.at_forced_exit(None)
 
 
 class RunLog:
     """Opens (or reopens) a run folder; only rank 0 makes one.
 
-    `epochs_done` is where the run resumes: rows of later epochs, whose checkpoint never came to be, are dropped.
+    rows: the log so far, a list that is added to. A checkpoint holds it, so that the log is whole on another machine
+    too, and rows of epochs whose checkpoint never came to be are dropped. A disk that does not take a
+    file is said once through `warn`; every row writes all of them again.
     """
 
-    def __init__(self, folder, *, config, environment, epochs_done):
-        self.folder = Path(folder)
-        self.rows = [row for row in read_rows(self.folder / "log.jsonl") if row["epoch"] < epochs_done]
-        write_atomically(self.folder / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    def __init__(self, folder, *, config, environment, rows, warn):
+        self.folder, self.rows, self._warn, self._failing = Path(folder), rows, warn, False
+        self._write("config.yaml", yaml.safe_dump(config, sort_keys=False))
         # a resumed run may be on another machine: keep what each session ran on
         sessions = _read_json(self.folder / "environment.json", default=[])
-        sessions = [*sessions, {"from_epoch": epochs_done, **environment}]
-        write_atomically(self.folder / "environment.json", json.dumps(sessions, indent=1))
+        sessions = [*sessions, {"from_epoch": len(self.rows), **environment}]
+        self._write("environment.json", json.dumps(sessions, indent=1))
         self._write_rows()
-        self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=epochs_done)
+        events = self.folder / "tensorboard"
+        seen = len(self.rows) if events.exists() else 0
+        self._open_events(events, purge_step=len(self.rows))
+        for row in self.rows[seen:]:
+            self._add_events(row)
 
     def add_epoch(self, row):
         """Append one row (plain values, `epoch` from 0) to log.jsonl and its numbers to TensorBoard."""
         self.rows.append(row)
         self._write_rows()
-        for key, value in row.items():
-            if isinstance(value, int | float) and key != "epoch":
-                self.events.add_scalar(key, value, row["epoch"])
-        self.events.flush()
+        self._add_events(row)
 
     def close(self):
-        self.events.close()
+        self._try(lambda: self.events and self.events.close())
+
+    def _open_events(self, folder, purge_step):
+        self.events = None
+        self._try(lambda: setattr(self, "events", SummaryWriter(str(folder), purge_step=purge_step)))
+
+    def _add_events(self, row):
+        def add():
+            for key, value in row.items():
+                if isinstance(value, int | float) and key != "epoch":
+                    self.events.add_scalar(key, value, row["epoch"])
+            self.events.flush()
+
+        if self.events and not self._try(add):
+            self.events = None  # its thread has ended; the log has it all
 
     def _write_rows(self):
-        write_atomically(self.folder / "log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def _write(self, name, content):
+        self._try(lambda: write_atomically(self.folder / name, content))
+
+    def _try(self, action):
+        try:
+            action()
+        except OSError as error:
+            if not self._failing:
+                self._failing = True
+                self._warn(f"cannot write to {self.folder}: {error.strerror or error}; training goes on")
+            return False
+        self._failing = False
+        return True
 
 
 def read_rows(path):

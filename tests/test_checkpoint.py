@@ -35,16 +35,22 @@ def test_no_checkpoint_is_none(tmp_path):
     assert checkpoint.newest(tmp_path, warn=pytest.fail) is None
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "noise"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "noise", "one bit"])
 def test_a_damaged_newest_is_reported_and_the_one_before_it_used(tmp_path, damage):
     for number in (1, 2):
-        checkpoint.save(tmp_path, {"number": number, "tensor": torch.zeros(1000)})
+        checkpoint.save(tmp_path, {"number": number, "tensor": torch.full((1000,), float(number))})
     data = (tmp_path / "last.pt").read_bytes()
-    (tmp_path / "last.pt").write_bytes({"truncate": data[:-500], "empty": b"", "noise": b"x" * 5000}[damage])
+    flipped = bytearray(data)
+    flipped[data.index(torch.full((1000,), 2.0).numpy().tobytes()) + 1234] ^= 1  # torch.load would not notice
+    damaged = {"truncate": data[:-500], "empty": b"", "noise": b"x" * 5000, "one bit": bytes(flipped)}[damage]
+    (tmp_path / "last.pt").write_bytes(damaged)
     warnings = []
     assert checkpoint.newest(tmp_path, warn=warnings.append)["number"] == 1
     assert len(warnings) == 1
     assert "last.pt" in warnings[0]
+    # the good one is not replaced by the damaged one at the next save
+    checkpoint.save(tmp_path, {"number": 3})
+    assert [checkpoint.load(tmp_path / name)["number"] for name in ("previous.pt", "last.pt")] == [1, 3]
 
 
 def test_nothing_readable_is_an_error_not_a_fresh_start(tmp_path):

@@ -1,23 +1,26 @@
 """Logs survive interruptions without duplicate or torn rows."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from rn50.run_log import RunLog, read_rows, write_atomically
+from rn50.distributed import LostContact
+from rn50.errors import RunError, Stopped
+from rn50.run_log import RunLog, read_rows, recorded, write_atomically
 
 
-def open_log(folder, epochs_done=0):
-    return RunLog(folder, config={"a": {"b": 1}}, environment={"commit": "x"}, epochs_done=epochs_done)
+def open_log(folder, rows=(), warn=pytest.fail):
+    return RunLog(folder, config={"a": {"b": 1}}, environment={"commit": "x"}, rows=list(rows), warn=warn)
 
 
-def test_rows_of_epochs_that_will_be_repeated_are_dropped(tmp_path):
+def test_the_log_is_the_checkpoints_and_rows_that_will_be_repeated_are_dropped(tmp_path):
     log = open_log(tmp_path)
     for epoch in range(3):
         log.add_epoch({"epoch": epoch, "top1": 10.0 * epoch})
     log.close()
-    log = open_log(tmp_path, epochs_done=2)
+    log = open_log(tmp_path, log.rows[:2])
     log.add_epoch({"epoch": 2, "top1": 99.0})
     log.close()
     assert [row["top1"] for row in read_rows(tmp_path / "log.jsonl")] == [0, 10, 99]
@@ -30,7 +33,7 @@ def test_a_torn_last_line_is_not_a_row(tmp_path):
 
 def test_folder_holds_config_and_every_sessions_environment(tmp_path):
     open_log(tmp_path).close()
-    open_log(tmp_path, epochs_done=4).close()
+    open_log(tmp_path, [{"epoch": epoch} for epoch in range(4)]).close()
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == {"a": {"b": 1}}
     sessions = json.loads((tmp_path / "environment.json").read_text())
     assert [session["from_epoch"] for session in sessions] == [0, 4]
@@ -42,3 +45,42 @@ def test_writing_aside_keeps_the_old_file_on_failure(tmp_path):
     with pytest.raises(TypeError):
         write_atomically(tmp_path / "x", 3)
     assert (tmp_path / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+PROGRESS = SimpleNamespace(step=7, epoch=2)
+
+
+def status(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("error", "word"),
+    [(Stopped("SIGTERM"), "interrupted"), (RunError("no disk"), "failed"), (ValueError("x"), "failed")],
+)
+def test_how_a_run_ends_is_in_its_folder_and_nothing_while_it_runs(tmp_path, error, word):
+    with pytest.raises(type(error)), recorded(tmp_path, PROGRESS, rank=0):
+        raise error
+    found = status(tmp_path)
+    assert (found["status"], found["reason"], found["step"], found["epoch"]) == (word, str(error), 7, 2)
+    with recorded(tmp_path, PROGRESS, rank=0):
+        assert not (tmp_path / "status.json").exists()
+    assert status(tmp_path)["status"] == "finished"
+
+
+def test_the_rank_that_knows_why_says_so_and_the_others_leave_it(tmp_path):
+    with pytest.raises(LostContact), recorded(tmp_path, PROGRESS, rank=0):  # noqa: PT012
+        with pytest.raises(RunError), recorded(tmp_path, PROGRESS, rank=1):
+            raise RunError("a corrupt image")
+        raise LostContact("rank 1 is gone")
+    assert status(tmp_path)["reason"] == "a corrupt image"
+    with pytest.raises(LostContact), recorded(tmp_path, PROGRESS, rank=0):
+        raise LostContact("rank 1 is gone")
+    assert status(tmp_path)["reason"] == "rank 1 is gone"
+
+
+def test_a_run_that_has_no_folder_leaves_none(tmp_path):
+    with pytest.raises(RunError), recorded(tmp_path / "none", PROGRESS, rank=0):
+        raise RunError("no data")
+    assert not list(tmp_path.iterdir())
