@@ -140,7 +140,7 @@ class Chaos:
             self.aftermath(kind, name)
         else:
             sys.exit(f"{name} is not finished after 15 minutes:\n{job.output()}")
-        same = "identical" if outcome(self.disk / name) == expected else "DIFFERENT"
+        same = compare(outcome(self.disk / name), expected)
         shutil.rmtree(self.disk / name)
         for fault in faults:
             fault["outcome"] = same
@@ -396,6 +396,20 @@ class LimitedFiles:
         for process in self.job.processes:
             if process.is_alive():
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def compare(result, expected):
+    """`identical`, or what differs."""
+    if result == expected:
+        return "identical"
+    if isinstance(result, str):
+        return f"DIFFERENT: {result}"
+    (tensors, rows), (expected_tensors, expected_rows) = result, expected
+    places = [k for k, (a, b) in enumerate(zip(tensors, expected_tensors, strict=True)) if a != b]
+    words = [f"{len(places)} of {len(tensors)} tensors, the first is number {places[0]}"] if places else []
+    for row, other in zip(rows, expected_rows, strict=True):
+        words += [f"epoch {row['epoch']}: {key} {row[key]} for {other[key]}" for key in row if row[key] != other[key]]
+    return "DIFFERENT: " + "; ".join(words)
 
 
 def outcome(folder):
