@@ -3,7 +3,9 @@
 import io
 import os
 import shutil
+import signal
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -304,6 +306,21 @@ def test_threads_share_a_batch_and_give_the_same():
         status, many = cut(stored, boxes, 48, threads=threads)
         assert not status.any()
         assert np.array_equal(one, many)
+
+
+def test_callers_and_forked_children_share_the_threads():
+    """Several loaders may decode at once, and a forked child has none of its parent's threads."""
+    stored = [(with_table(encode(photograph(100, 80))), 100, 80, JPG)] * 40
+    boxes = [(k, 5, 60, 60) for k in range(40)]
+    _, alone = cut(stored, boxes, 48)
+    with ThreadPoolExecutor(4) as callers:
+        for _, many in callers.map(lambda _: cut(stored, boxes, 48, threads=3), range(24)):
+            np.testing.assert_array_equal(many, alone)
+    child = os.fork()
+    if not child:
+        signal.alarm(20)  # a child that waits for its parent's threads waits for ever
+        os._exit(int((cut(stored, boxes, 48, threads=3)[1] != alone).any()))
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_both_builds_agree():

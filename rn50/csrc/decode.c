@@ -643,15 +643,55 @@ static void *decode_samples(void *argument) {
     return NULL;
 }
 
+/* Threads that wait for work. A new one for each batch would often begin on the caller's busy core and stay there until
+ * the batch is done. */
+static struct pool {
+    pthread_mutex_t turn, lock; /* turn: of one batch */
+    pthread_cond_t wake, done;
+    struct work *work;
+    int threads, tickets, running; /* tickets: shares of `work` that no thread has taken up yet */
+} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, PTHREAD_COND_INITIALIZER,
+          NULL, 0, 0, 0};
+
+static void *serve(void *unused) {
+    pthread_mutex_lock(&pool.lock);
+    for (;;) {
+        while (!pool.tickets) pthread_cond_wait(&pool.wake, &pool.lock);
+        struct work *work = pool.work;
+        pool.tickets--;
+        pthread_mutex_unlock(&pool.lock);
+        decode_samples(work);
+        pthread_mutex_lock(&pool.lock);
+        if (!--pool.running) pthread_cond_signal(&pool.done);
+    }
+    return unused;
+}
+
+/* A forked child has none of the threads. */
+static void forget_pool(void) {
+    pool = (struct pool){PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER,
+                         PTHREAD_COND_INITIALIZER, NULL, 0, 0, 0};
+}
+
+__attribute__((constructor)) static void prepare_pool(void) { pthread_atfork(NULL, NULL, forget_pool); }
+
 int rn50_decode(const struct batch *batch, int threads) {
     struct work work = {batch, 0, 0};
-    pthread_t others[64];
-    int started = 0;
-    while (started < threads - 1 && started < batch->count - 1 && started < 64)
-        if (pthread_create(&others[started], NULL, decode_samples, &work)) break; /* fewer do the same work */
-        else started++;
+    int helpers = (threads < batch->count ? threads : batch->count) - 1;
+    pthread_t thread;
+    pthread_mutex_lock(&pool.turn);
+    pthread_mutex_lock(&pool.lock);
+    while (pool.threads < helpers && !pthread_create(&thread, NULL, serve, NULL)) pthread_detach(thread), pool.threads++;
+    if (helpers > pool.threads) helpers = pool.threads; /* fewer do the same work */
+    pool.work = &work, pool.tickets = pool.running = helpers > 0 ? helpers : 0;
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
     decode_samples(&work);
-    while (started) pthread_join(others[--started], NULL);
+    pthread_mutex_lock(&pool.lock);
+    pool.running -= pool.tickets, pool.tickets = 0; /* too late for them */
+    while (pool.running) pthread_cond_wait(&pool.done, &pool.lock);
+    pthread_mutex_unlock(&pool.lock);
+    pthread_mutex_unlock(&pool.turn);
     return work.failed;
 }
 
