@@ -50,9 +50,9 @@ def tree(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def long_tree(tmp_path_factory):
-    """Seconds of work from few files: 600 names for ten pictures of 1200x900."""
+    """Seconds of work from few files: 1200 names for ten pictures of 1200x900."""
     root = tmp_path_factory.mktemp("long")
-    for k in range(600):
+    for k in range(1200):
         path = root / "train" / CLASSES[k % 3] / f"{k}.JPEG"
         path.parent.mkdir(parents=True, exist_ok=True)
         if k < 10:
