@@ -46,6 +46,7 @@ PREFLIGHT_IMAGES = 100
 CHUNK = 16  # images a worker takes at a time
 HELD_BYTES = 256 << 20  # finished images that may wait in the parent for a slower one before them
 COMMIT_SECONDS = 1.0
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main():
@@ -242,10 +243,17 @@ def _start_worker(job):
     process = context.Process(target=_work, args=arguments, daemon=True)
     resource_tracker.ensure_running()  # start() does this too, and it unblocks SIGINT when it is done
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Blocked or not, a library's thread may take a signal, and half a start leaves a worker without its instructions.
+    came = []
+    handlers = {number: signal.signal(number, lambda *which: came.append(which)) for number in STOP_SIGNALS}
     try:
         process.start()
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    for number, _ in came:
+        signal.raise_signal(number)
     theirs.close()  # so that the pipe ends when the worker does
     return ours, process
 
