@@ -56,8 +56,8 @@ def test_scaling_and_memory(textures):
     done = run("--images", images, "--memory", "--copies", "60")
     assert done.returncode == 0, done.stderr
     ours, stock = (float(row.split()[1]) for row in done.stdout.splitlines()[-2:])
-    # Two batches of 512 x 32 x 32 x 3 bytes are the least there can be.
-    assert 3 < ours < stock
+    # No bound from the size of a batch: what the process had and freed before it is used again, not added.
+    assert 0 < ours < stock
 
 
 def test_bad_input_is_one_line(textures, tmp_path):
