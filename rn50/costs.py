@@ -269,6 +269,26 @@ class Machine:
     staging_mb_per_s: float | None = None
 
 
+def measured_machine(report):
+    """The machine that tools/preflight.py measured; KeyError or TypeError where `report` is not what it writes."""
+    price = report["dollars_per_hour"]
+    return Machine(
+        name=report["instance"],
+        gpu=report["device"],
+        gpus=report["gpus"],
+        vcpus=report["vcpus"],
+        memory_gib=report["memory_gib"],
+        disk_gb=0,
+        dollars_per_hour=price,
+        dollars_low=price,
+        dollars_high=price,
+        measured={row["resolution"]: row["training_images_per_second"] for row in report["resolutions"]},
+        limits={row["resolution"]: row["limited_by"] for row in report["resolutions"]},
+        micro_batch=report["micro_batch"],
+        staging_mb_per_s=report["staging_mb_per_s"],
+    )
+
+
 def machines(table, spot):
     """Every instance at its on-demand price; with `spot`, those whose spot price was seen, at its middle."""
     made = []

@@ -123,6 +123,8 @@ class RunLog:
         self._add_events(row)
 
     def close(self):
+        """Call it when the disk has room: no later row will make up for one that it did not take."""
+        self._write_rows()
         self._try(lambda: self.events and self.events.close())
 
     def _open_events(self, folder, purge_step):

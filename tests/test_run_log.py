@@ -1,6 +1,7 @@
 """Logs survive interruptions without duplicate or torn rows."""
 
 import json
+import resource
 from types import SimpleNamespace
 
 import pytest
@@ -38,6 +39,22 @@ def test_folder_holds_config_and_every_sessions_environment(tmp_path):
     sessions = json.loads((tmp_path / "environment.json").read_text())
     assert [session["from_epoch"] for session in sessions] == [0, 4]
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_log_is_whole_when_room_comes_after_the_last_row(tmp_path):
+    warnings = []
+    log = open_log(tmp_path, warn=warnings.append)
+    log.add_epoch({"epoch": 0})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        log.add_epoch({"epoch": 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(read_rows(tmp_path / "log.jsonl")) == 1
+    assert len(warnings) == 1
+    log.close()
+    assert [row["epoch"] for row in read_rows(tmp_path / "log.jsonl")] == [0, 1]
 
 
 def test_writing_aside_keeps_the_old_file_on_failure(tmp_path):

@@ -82,21 +82,7 @@ def measured_machine(path):
         report = json.loads(Path(path).read_text(encoding="utf-8"))
         if report["arch"] != "resnet50":
             raise RunError(f"{path} was measured with {report['arch']}; the recipes train resnet50")
-        return costs.Machine(
-            name=report["instance"],
-            gpu=report["device"],
-            gpus=report["gpus"],
-            vcpus=report["vcpus"],
-            memory_gib=report["memory_gib"],
-            disk_gb=0,
-            dollars_per_hour=report["dollars_per_hour"],
-            dollars_low=report["dollars_per_hour"],
-            dollars_high=report["dollars_per_hour"],
-            measured={row["resolution"]: row["training_images_per_second"] for row in report["resolutions"]},
-            limits={row["resolution"]: row["limited_by"] for row in report["resolutions"]},
-            micro_batch=report["micro_batch"],
-            staging_mb_per_s=report["staging_mb_per_s"],
-        )
+        return costs.measured_machine(report)
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:

@@ -263,21 +263,7 @@ def revise(table, cfg, report, rungs, budget):
         headline_view=validation.headline_view,
         every=validation.every,
     )
-    machine = costs.Machine(
-        name=report["instance"],
-        gpu=report["device"],
-        gpus=report["gpus"],
-        vcpus=report["vcpus"],
-        memory_gib=report["memory_gib"],
-        disk_gb=0,
-        dollars_per_hour=report["dollars_per_hour"],
-        dollars_low=report["dollars_per_hour"],
-        dollars_high=report["dollars_per_hour"],
-        measured={row["resolution"]: row["training_images_per_second"] for row in report["resolutions"]},
-        limits={row["resolution"]: row["limited_by"] for row in report["resolutions"]},
-        micro_batch=report["micro_batch"],
-        staging_mb_per_s=report["staging_mb_per_s"],
-    )
+    machine = costs.measured_machine(report)
     images = {**table.constant["images_train"], "value": float(max(info.num_samples for info in rungs.values()))}
     table = dataclasses.replace(table, constant={**table.constant, "images_train": images})
     parts, _ = costs.hours(table, costs.fit(table), None, recipe, machine)
