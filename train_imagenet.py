@@ -310,6 +310,7 @@ def fit(run):
                 row |= evaluate_at(run, cfg.validation.headline_resolution, flip)[cfg.validation.headline_view]
             row["val_seconds"] = round(time.perf_counter() - started, 3)
             progress.next_epoch()
+            run.finite.skipped.zero_()  # not before: the checkpoint that comes before the evaluation counts them too
             if log:
                 log.add_epoch(row)
                 say_epoch(run, row)
@@ -399,7 +400,6 @@ def train_one_epoch(run):
     if progress.epoch_step < steps:
         train_steps(run, side, resolution, steps)
     images, skipped = steps * training.batch_size, run.finite.skipped.item()
-    run.finite.skipped.zero_()
     return {
         "epoch": epoch,
         "step": progress.step,

@@ -1,5 +1,6 @@
 """A copy of a run's folder in S3, so that another machine can go on with the run."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -59,7 +60,11 @@ class Mirror:
             step = self._step()
             if step is None or (later_than is not None and step <= later_than):
                 return False
-            self._s3.download_file(self._bucket, self._key(LAST), str(into), Config=self._transfer)
+            # by name, boto3 would leave a partial file of its own behind when it is killed
+            with open(into, "wb") as file:
+                self._s3.download_fileobj(self._bucket, self._key(LAST), file, Config=self._transfer)
+                file.flush()
+                os.fsync(file.fileno())
             return True
         except self._errors as error:
             if later_than is None:
