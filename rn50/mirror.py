@@ -133,9 +133,10 @@ class Mirror:
         try:
             found = self._s3.head_object(Bucket=self._bucket, Key=self._key(LAST))
         except self._client_error as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                return None
-            raise
+            if error.response["Error"]["Code"] not in ("404", "NoSuchKey"):
+                raise
+            self._s3.head_bucket(Bucket=self._bucket)  # a bucket that is not there is an error: it may be misspelt
+            return None
         return int(found["Metadata"].get("step", 0))
 
     def _key(self, name):

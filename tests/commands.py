@@ -1,7 +1,6 @@
 """train_imagenet.py in processes that are forked from one that has imported everything: a command takes a second."""
 
 import json
-import multiprocessing
 import os
 import runpy
 import sys
@@ -27,8 +26,7 @@ SMALL = {
     "validation.headline_resolution": 32,
     "logging.run_name": "small",
 }
-context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([*chaos.PRELOAD, "pytest"])
+context = chaos.forking()
 
 
 class Command:

@@ -56,10 +56,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="every fault once")
     options = parser.parse_args()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     started, faults = time.time(), []
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Chaos(Path(folder), context, options.seed) as chaos:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Chaos(Path(folder), forking(), options.seed) as chaos:
         for ranks in (int(word) for word in options.ranks.split(",")):
             share = -(-options.faults // len(options.ranks.split(",")))
             faults += chaos.torment(ranks, None if options.short else share)
@@ -70,6 +68,15 @@ def main():
         (options.out / "faults.jsonl").write_text(lines)
         (options.out / "README.md").write_text(report(faults, table, time.time() - started))
     sys.exit(any(fault["outcome"] != "identical" for fault in faults))
+
+
+def forking():
+    """multiprocessing's context for processes that have imported everything already."""
+    # with TBB, numba waits in the end of the process that forks for threads that are not there
+    os.environ["NUMBA_THREADING_LAYER"] = "workqueue"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 class Chaos:
