@@ -87,12 +87,12 @@ def test_batches_in_page_aware_order_hold_as_many_classes_as_random_ones():
     _, per_page = np.unique(pages[order[:batch_size]], return_counts=True)
     assert len(per_page) == 64
     assert per_page.max() < 48
-    # which samples meet changes with the epoch: of a batch, two in the next epoch are seldom together
+    # which samples meet changes with the epoch: of a batch, hardly any are together in one of the next epoch
     again = page_aware_order(pages, seed=0, epoch=1, pages_in_window=64)
     where = np.empty(samples, np.int64)
     where[again] = np.arange(samples) // batch_size
     _, together = np.unique(where[order[:batch_size]], return_counts=True)
-    assert together.max() < 8
+    assert together.max() < 16
     # every page is read in one go and not again: a window's 64 pages, then other ones
     windows = pages[order].reshape(-1)[: samples // 16384 * 16384].reshape(-1, 16384)
     assert sum(len(np.unique(window)) for window in windows) <= 64 * len(windows) + 2 * len(windows)

@@ -254,10 +254,8 @@ def test_torchrun_restarts_a_killed_worker_but_not_a_planned_stop(betons, two_ra
     folder = tmp_path / "small"
 
     def begin():
-        log = open(tmp_path / "output", "w+")  # noqa: SIM115
-        return subprocess.Popen(
-            command(betons, tmp_path, launcher=launcher, **TWO_RANKS), stdout=log, stderr=log, text=True
-        )
+        with open(tmp_path / "output", "w") as log:
+            return subprocess.Popen(command(betons, tmp_path, launcher=launcher, **TWO_RANKS), stdout=log, stderr=log)
 
     def output():
         return (tmp_path / "output").read_text()
