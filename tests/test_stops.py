@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rn50 import checkpoint, distributed, evaluate, interruption, loaders, progress
+from rn50 import checkpoint, distributed, evaluate, interruption, loaders, losses, progress
 from rn50.run_log import read_rows
 from tests.commands import Command
 from tests.conftest import ROOT
@@ -102,6 +102,37 @@ def test_a_signal_during_an_evaluation_ends_it_and_costs_no_step(betons, tmp_pat
     assert "resuming" in command.output()
     assert "after epoch 0 of 3 and 10 steps" in command.output()
     assert [row["step"] for row in read_rows(tmp_path / "small" / "log.jsonl")] == [10, 20, 30]
+
+
+def lose_the_third_step():
+    criterion, calls = losses.cross_entropy, []
+
+    def spoiled(*args, **kwargs):
+        calls.append(None)
+        return criterion(*args, **kwargs) * (float("nan") if len(calls) == 5 else 1)  # two calls a step
+
+    losses.cross_entropy = spoiled
+
+
+def lose_the_third_step_and_evaluate_slowly():
+    lose_the_third_step()
+    evaluate_slowly()
+
+
+def test_a_step_with_a_loss_of_nan_is_left_out_and_counted_also_by_who_resumes_in_the_evaluation(betons, tmp_path):
+    with Command(betons, tmp_path / "whole", prepare=lose_the_third_step) as command:
+        assert command.end() == 0, command.output()
+    expected = chaos.outcome(command.folder, epochs=3)
+    assert [row["skipped_steps"] for row in expected[1]] == [1, 0, 0]
+    assert "1 steps of it were left out" in command.output()
+    slowly = {"prepare": lose_the_third_step_and_evaluate_slowly, "validation__batch_size": 1}
+    with Command(betons, tmp_path / "parts", **slowly) as command:
+        command.until(command.has_checkpoint)
+        command.processes[0].terminate()
+        assert command.end() == 3
+    with Command(betons, tmp_path / "parts") as command:
+        assert command.end() == 0, command.output()
+    assert chaos.compare(chaos.outcome(command.folder, epochs=3), expected) == "identical"
 
 
 def test_a_spot_notice_that_is_there_before_the_first_step_is_heeded(betons, tmp_path):
