@@ -56,6 +56,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="every fault once")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # servers and disk are put away on the way out
     started, faults = time.time(), []
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Chaos(Path(folder), forking(), options.seed) as chaos:
         for ranks in (int(word) for word in options.ranks.split(",")):
