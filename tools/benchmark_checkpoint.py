@@ -5,18 +5,19 @@
 The state is train_imagenet.py's for ResNet-50 with EMA: weights, buffers, momenta, averaged weights. A training step
 (forward, backward, SGD, EMA) is timed with nothing else going on. Then a checkpoint is put and steps go on until it is
 on disk and read back; what this takes more than as many undisturbed steps is lost. Here the writing thread takes time
-from training's own cores; beside a GPU it does not.
+from training's own cores, so the processor time of a checkpoint is what it costs at most, also on a machine that others use;
+beside a GPU it does not.
 """
 
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,27 +59,29 @@ def measure(folder, options):
     idle, standing, lost, writing = [], [], [], []
     for _ in range(options.rounds):
         idle += [timed(train) for _ in range(3)]
-        step, steps = statistics.median(idle[-3:]), 0
-        started = time.perf_counter()
+        step, steps = np.median(idle[-3:], axis=0), 0
+        started = clocks()
         standing.append(timed(lambda: writer.put(state())))
         while not writer.due(0, steps=0, minutes=0):
             train()
             steps += 1
-        writing.append(time.perf_counter() - started)
+        writing.append(clocks() - started)
         lost.append(writing[-1] - steps * step)
     megabytes = (folder / checkpoint.LAST).stat().st_size / 1e6
-    interval, loss = 60 * options.minutes, statistics.median(lost)
+    wall, processor_time = np.median(lost, axis=0)
+    interval, cores = 60 * options.minutes, len(os.sched_getaffinity(0))
     copy = megabytes / 1e3 / GPU_COPY_GB_PER_S
     return {
         "measured": {
-            "step_seconds": round(statistics.median(idle), 3),
+            "step_seconds": round(float(np.median(idle, axis=0)[0]), 3),
             "checkpoint_megabytes": round(megabytes, 1),
-            "seconds_training_stands_still": round(statistics.median(standing), 3),
-            "seconds_until_it_is_on_disk": round(statistics.median(writing), 2),
-            "seconds_lost_per_checkpoint": round(loss, 2),
-            "all_of_them": [round(seconds, 2) for seconds in lost],
+            "seconds_training_stands_still": round(float(np.median(standing, axis=0)[0]), 3),
+            "seconds_until_it_is_on_disk": round(float(np.median(writing, axis=0)[0]), 2),
+            "seconds_lost_per_checkpoint": round(float(wall), 2),
+            "processor_seconds_per_checkpoint": round(float(processor_time), 2),
+            "processor_seconds_of_each": [round(float(seconds), 2) for _, seconds in lost],
             "minutes_between_checkpoints": options.minutes,
-            "percent_of_the_time": round(100 * loss / interval, 3),
+            "percent_of_processor_time": round(100 * float(processor_time) / (interval * cores), 3),
         },
         "projected_for_a_gpu": {
             "seconds_training_stands_still": round(copy, 3),
@@ -86,7 +89,7 @@ def measure(folder, options):
             "because": f"the GPU waits while {megabytes:.0f} MB are copied, assumed at {GPU_COPY_GB_PER_S:g} GB/s; the "
             "thread that writes takes a core from the decoding threads meanwhile, which is not in this figure",
         },
-        "machine": f"{processor()}, {torch.get_num_threads()} threads on {len(os.sched_getaffinity(0))} cores",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads on {cores} cores",
         "setting": f"ResNet-50, {options.batch} images of {options.size} px a step, float32, EMA",
         "torch": torch.__version__,
         "commit": commit(),
@@ -124,10 +127,15 @@ def training(batch, size):
     return train, state
 
 
+def clocks():
+    """Seconds that have passed, and seconds of processor time of all threads."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
 def timed(action):
-    started = time.perf_counter()
+    started = clocks()
     action()
-    return time.perf_counter() - started
+    return clocks() - started
 
 
 if __name__ == "__main__":
