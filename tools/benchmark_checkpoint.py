@@ -4,9 +4,9 @@
 
 The state is train_imagenet.py's for ResNet-50 with EMA: weights, buffers, momenta, averaged weights. A training step
 (forward, backward, SGD, EMA) is timed with nothing else going on. Then a checkpoint is put and steps go on until it is
-on disk and read back; what this takes more than as many undisturbed steps is lost. Here the writing thread takes time
-from training's own cores, so the processor time of a checkpoint is what it costs at most, also on a machine that others use;
-beside a GPU it does not.
+on disk and read back; what this takes more than as many undisturbed steps is lost. The writing thread takes time from
+training's own cores here, so processor time is what a checkpoint costs, also on a machine that others use. Beside a GPU
+only the copy makes training wait.
 """
 
 import argparse
