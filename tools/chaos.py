@@ -475,8 +475,8 @@ def report(faults, table, seconds):
 
 `python {" ".join(sys.argv)}` took {seconds:.0f} s on {cores}, Linux {platform.release()}, commit {commit()}.
 
-- recovered: the next command, without any other help, went on from a checkpoint, or began anew before there was one. Where
-  it did not, it met an unreachable S3 with nothing on the disk, and refused to start over, as it should.
+- recovered: the next command, without any other help, went on from a checkpoint, or began anew before there was one.
+  Where it did not, it met an unreachable S3 with nothing on the disk, and refused to start over, as it should.
 - identical: all weights, momenta and averaged weights of the finished run equal those of a run that nothing disturbed,
   bit by bit, and so do the rows of its log except for times; none is missing, none is there twice.
 
