@@ -261,7 +261,7 @@ def test_torchrun_restarts_a_killed_worker_but_not_a_planned_stop(betons, two_ra
         return (tmp_path / "output").read_text()
 
     def wait(agent, condition):
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not condition():
             assert agent.poll() is None, output()
             assert time.monotonic() < deadline, output()
@@ -273,12 +273,12 @@ def test_torchrun_restarts_a_killed_worker_but_not_a_planned_stop(betons, two_ra
     wait(agent, lambda: "resuming" in output())
     for process in workers(agent):
         os.kill(process, signal.SIGTERM)
-    assert agent.wait(60) == 0, output()
+    assert agent.wait(120) == 0, output()
     status = json.loads((folder / "status.json").read_text())
     assert (status["status"], status["reason"]) == ("interrupted", "SIGTERM")
     assert output().count("resuming") == 1
     agent = begin()
-    assert agent.wait(120) == 0, output()
+    assert agent.wait(240) == 0, output()
     assert json.loads((folder / "status.json").read_text())["status"] == "finished"
     assert_identical(folder, two_ranks.run)
 
