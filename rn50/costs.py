@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist, geometric_mean, mean, median
 
+import yaml
+
 from rn50 import schedules
+from rn50.errors import RunError, UsageError
 
 TABLE = Path(__file__).parent / "data" / "costs.csv"
 LOADER_BENCHMARK = Path(__file__).parents[1] / "docs" / "results" / "benchmark_loader" / "160px_1thread.json"
@@ -242,6 +245,28 @@ def recipe(*, name, epochs, micro_batch, resolution, rung, resolutions, headline
         rung=rung,
         evaluated=during + [(px, 2) for px in resolutions],
     )
+
+
+def read_recipe(path):
+    """A recipe's file as a Recipe. The files spell these keys out, so that no default is kept in two places."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        validation = config["validation"]
+        return recipe(
+            name=path.stem,
+            epochs=config["training"]["epochs"],
+            micro_batch=config["training"]["micro_batch"],
+            resolution=config["resolution"],
+            rung=config["data"]["rung"],
+            resolutions=validation["resolutions"],
+            headline_resolution=validation["headline_resolution"],
+            headline_view=validation["headline_view"],
+            every=validation["every"],
+        )
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    except KeyError as error:
+        raise UsageError(f"{path} does not give {error.args[0]}, which its time depends on") from None
 
 
 @dataclass(frozen=True)

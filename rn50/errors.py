@@ -1,11 +1,12 @@
 """The ways a command may end on purpose; everything else is a bug and keeps its traceback."""
 
 import os
+import select
 import sys
 import traceback
 
 # Exit statuses of a planned stop, by the word for it in status.json.
-PLANNED = {"interrupted": 3}
+PLANNED = {"interrupted": 3, "budget": 4}
 
 
 class UsageError(Exception):
@@ -37,6 +38,11 @@ def run(main):
     """Call `main()` and end the process: status 0, or one line and the status that the error stands for."""
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if under_torchrun() or not _nobody_reads():
+            raise
+        _leave(141)  # as a shell says of what SIGPIPE ended
     except Stopped as stop:
         _leave(planned_exit(stop.status))
     except UsageError as error:
@@ -50,6 +56,16 @@ def run(main):
             raise
         traceback.print_exc()
         _leave(1)
+
+
+def _nobody_reads():
+    """Whether stdout is a pipe that was closed, as by `| head`; if so, what is left for it goes nowhere."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    closed = bool(poll.poll(0))
+    if closed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
 
 
 def _leave(status):

@@ -158,8 +158,12 @@ def test_what_only_moves_a_run_may_change(finished):
         sections=train_imagenet.RECIPE_SECTIONS,
         free=train_imagenet.NOT_RECIPE,
         folder=finished.run,
+        defaults={"model": {"blurpool": False}},
     )
     refuse(saved, current)
+    older = copy.deepcopy(saved)
+    del older["model"]["blurpool"]
+    refuse(older, current)  # saved before there was this key
     for section, key, value in (
         ("model", "blurpool", True),
         ("training", "seed", 9),

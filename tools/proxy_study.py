@@ -182,9 +182,9 @@ def conclusions(differences):
     yield ""
     yield (
         "What follows for ImageNet: that each of these parts trains, and what it costs in processor time on a CPU. "
-        "What does not: its gain there. Ten classes and a few epochs far from convergence ask for speed of learning, where "
-        "1,000 classes and 16 to 88 epochs also ask for what regularises (label smoothing, EMA); BlurPool's and low "
-        "resolution's effect depend on what there is to see at 56 px; BCE's log-prior start matters with 1,000 "
+        "What does not: its gain there. Ten classes and a few epochs far from convergence ask for speed of learning, "
+        "where 1,000 classes and 16 to 88 epochs also ask for what regularises (label smoothing, EMA); BlurPool's and "
+        "low resolution's effect depend on what there is to see at 56 px; BCE's log-prior start matters with 1,000 "
         "classes, not with ten. The recipes rest on the published ImageNet runs in their headers, not on this table."
     )
 
