@@ -44,7 +44,7 @@ SPREAD = 0.19
 
 
 def read_curves(path=CURVES):
-    """{epochs: [{epoch (from 0), top1 (%), train_loss, lr}]} of the published runs."""
+    """{epochs: [{epoch (from 0), top1 (%), train_loss, lr, elapsed_seconds}]} of the published runs."""
     curves = {}
     with open(path, encoding="utf-8", newline="") as file:
         for row in csv.DictReader(line for line in file if not line.startswith("#")):
@@ -54,6 +54,7 @@ def read_curves(path=CURVES):
                     "top1": 100 * float(row["top1"]),
                     "train_loss": float(row["train_loss"]),
                     "lr": float(row["lr_at_epoch_end"]),
+                    "elapsed_seconds": float(row["elapsed_seconds"]),
                 }
             )
     return curves
