@@ -422,7 +422,8 @@ def expected_top1(table, family, epochs):
         factors = math.log(epochs / lengths[-1])
         top1 = points[lengths[-1]] + gain_per_factor_e(table) * factors
         variance += (table.value("gain_sd") * factors) ** 2
-        basis = f"projected from published {points[lengths[-1]]:g} % after {lengths[-1]:g} epochs ({rows[0]['note']})"
+        basis = f"projected from published {points[lengths[-1]]:g} % after {lengths[-1]:g} epochs ({rows[0]['note']}"
+        basis += f"; {rows[-1]['source']})"
     else:
         after = next(length for length in lengths if length > epochs)
         before = max((length for length in lengths if length < epochs), default=None)

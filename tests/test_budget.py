@@ -19,12 +19,12 @@ PRICE = 36000
 STOPPING = PRICE * budget.STOP_SECONDS / 3600
 LONG = {
     "model__arch": "resnet50",
-    "training__epochs": 100000,
+    "training__epochs": 5000,
     "training__micro_batch": 40,
     "resolution__end": 32,
     "validation__resolutions": 32,
     "validation__headline_resolution": 32,
-    "validation__every": 100000,
+    "validation__every": 5000,
     "budget__instance": "g5.xlarge",
     "budget__dollars_per_hour": PRICE,
 }
@@ -116,7 +116,7 @@ def test_the_largest_recipe_that_fits_is_the_most_accurate():
 
 
 def test_a_schedule_that_is_projected_to_cost_more_is_refused_with_one_that_fits(betons, tmp_path):
-    result = run(betons, tmp_path, **LONG, budget__max_dollars=STOPPING + 6000)
+    result = run(betons, tmp_path, **LONG, budget__max_dollars=STOPPING + 1500)
     assert_refused(result, 2, "projected from published speeds", "largest recipe that fits: rn50_78", "allow_overrun")
     assert not (tmp_path / "small" / "last.pt").exists()
 
