@@ -38,7 +38,7 @@ def run(main):
     """Call `main()` and end the process: status 0, or one line and the status that the error stands for."""
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)  # what cannot be written should be known here
     except BrokenPipeError:
         if under_torchrun() or not _nobody_reads():
             raise

@@ -5,9 +5,11 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
+import train_imagenet
 from rn50 import budget, costs
 from rn50.errors import UsageError
 from rn50.run_log import read_rows
@@ -121,21 +123,25 @@ def test_a_schedule_that_is_projected_to_cost_more_is_refused_with_one_that_fits
     assert not (tmp_path / "small" / "last.pt").exists()
 
 
-def test_a_limit_needs_a_price(betons, tmp_path):
-    result = run(betons, tmp_path, budget__max_dollars=5)
-    assert_refused(result, 2, "budget.max_dollars needs budget.dollars_per_hour or budget.instance")
+def test_what_is_left_after_a_resume_is_projected_at_the_runs_own_pace(monkeypatch):
+    monkeypatch.setattr(train_imagenet, "seconds_to_finish", lambda run: 3600.0)
+    meter = SimpleNamespace(dollars=4.0, cost=lambda seconds: 2 * seconds / 3600)
+    for limit, words in ((6.0, "$4.00 spent and $2.00 to finish (at the pace of this run so far)"), (6.1, None)):
+        run = SimpleNamespace(cfg=SimpleNamespace(budget=SimpleNamespace(max_dollars=limit)), meter=meter)
+        refusal = train_imagenet.overrun(run)
+        assert (words in refusal) if words else refusal is None
 
 
 def test_a_run_stops_before_its_limit_and_goes_on_with_a_larger_one(betons, tmp_path):
     folder, given = tmp_path / "small", {**LONG, "budget__allow_overrun": "true"}
-    limit = STOPPING + 180
+    limit = STOPPING + 120
     result = run(betons, tmp_path, **given, budget__max_dollars=limit)
     assert result.returncode == 4, result.stdout + result.stderr
     assert "a larger budget.max_dollars goes on from there" in result.stdout
     status = json.loads((folder / "status.json").read_text())
     assert (status["status"], status["reason"].split("=")[0]) == ("budget", "budget.max_dollars")
     spent = json.loads((folder / "spend.json").read_text())["dollars"]
-    assert 180 - 1 <= spent < limit
+    assert 120 - 1 <= spent < limit
     before = read_rows(folder / "log.jsonl")
 
     process = subprocess.Popen(

@@ -72,11 +72,11 @@ def test_a_run_becomes_a_line_that_is_not_made_again(betons, tmp_path):
     assert "12 of 12 runs" in (tmp_path / "results.md").read_text()
 
 
-def test_other_settings_need_another_folder(tmp_path):
+def test_other_settings_need_another_folder(monkeypatch, tmp_path):
     (tmp_path / "runs.jsonl").write_text(json.dumps(row("ema", 0, 50.0)) + "\n")
-    done = run("proxy_study.py", "--data", "x", "--out", tmp_path, "--training.epochs=9")
-    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "has runs of ema with other settings" in done.stderr
+    monkeypatch.setattr("sys.argv", ["proxy_study.py", "--data", "x", "--out", str(tmp_path), "--training.epochs=9"])
+    with pytest.raises(RunError, match="has runs of ema with other settings"):
+        proxy_study.main()
 
 
 def test_what_is_not_a_setting_or_has_no_interval_is_refused(monkeypatch, tmp_path):

@@ -217,6 +217,8 @@ def test_two_ranks_evaluate_every_image_once_and_share_the_batch(betons, tmp_pat
         ({"data__crop_scale": "1,0.5"}, ["data.crop_scale"]),
         ({"data__rnug": 64}, ["unknown key data.rnug", "data.rung"]),
         ({"training__checkpoint": "x.pt"}, ["training.checkpoint", "eval_only"]),
+        ({"budget__max_dollars": 5}, ["budget.max_dollars needs", "budget.dollars_per_hour or budget.instance"]),
+        ({"budget__instance": "g9.huge"}, ["g9.huge", "budget.dollars_per_hour", "g5.xlarge"]),
         ({"training__epochs": "many"}, ["training.epochs", "'many'"]),
         ({"data__dir": None}, ["data.dir is required"]),
         pytest.param(
