@@ -133,7 +133,8 @@ def test_what_is_left_after_a_resume_is_projected_at_the_runs_own_pace(monkeypat
 
 
 def test_a_run_stops_before_its_limit_and_goes_on_with_a_larger_one(betons, tmp_path):
-    folder, given = tmp_path / "small", {**LONG, "budget__allow_overrun": "true"}
+    folder = tmp_path / "small"
+    given = {**LONG, "model__arch": "resnet18", "budget__allow_overrun": "true"}
     limit = STOPPING + 120
     result = run(betons, tmp_path, **given, budget__max_dollars=limit)
     assert result.returncode == 4, result.stdout + result.stderr
@@ -170,8 +171,6 @@ def test_a_run_stops_before_its_limit_and_goes_on_with_a_larger_one(betons, tmp_
 
 
 def test_a_pipe_that_is_closed_ends_a_command_without_a_traceback():
-    command = f"{sys.executable} tools/plan_run.py --budget 25 --target 78 | head -1; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode in (0, 141)  # 0 where head was the slower
-    assert done.stderr == ""
-    assert done.stdout.count("\n") == 1
+    command = f"{sys.executable} tools/plan_run.py --budget 25 --target 78 | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (141, "")
