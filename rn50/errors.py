@@ -2,11 +2,12 @@
 
 import contextlib
 import os
+import select
 import sys
 import traceback
 
 # Exit statuses of a planned stop, by the word for it in status.json.
-PLANNED = {"interrupted": 3}
+PLANNED = {"interrupted": 3, "budget": 4}
 
 
 class UsageError(Exception):
@@ -38,6 +39,7 @@ def run(main):
     """Call `main()` and end the process: status 0, or one line and the status that the error stands for."""
     try:
         main()
+        print(end="", flush=True)  # what nobody reads should be known here
         status = 0
     except Stopped as stop:
         status = planned_exit(stop.status)
@@ -47,6 +49,10 @@ def run(main):
         status = _report(error, 1)
     except KeyboardInterrupt:
         status = _report("interrupted", 130)
+    except BrokenPipeError:
+        status = 141 if _nobody_reads() else 1  # as a shell says of what SIGPIPE ended
+        if status == 1:
+            traceback.print_exc()
     except Exception:
         traceback.print_exc()
         status = 1
@@ -56,6 +62,13 @@ def run(main):
     # The interpreter's own end would wait for threads: one that waits for a dead rank never ends, and numba, which FFCV
     # imports, has been seen to wait for ever for threads that a fork left behind.
     os._exit(status)
+
+
+def _nobody_reads():
+    """Whether stdout is a pipe that was closed, as by `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return bool(poll.poll(0))
 
 
 def _report(error, status):

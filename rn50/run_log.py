@@ -51,8 +51,8 @@ def make_folder(folder):
 def write_status(folder, *, status, reason, step, epoch):
     """How the last command in this folder ended: folder/status.json, written as a whole.
 
-    status: `finished`, `interrupted` or `failed`. step, epoch: optimizer steps and whole epochs that were done.
-    Nothing is written, and nothing raised, where there is no such folder or it cannot be written.
+    status: `finished`, `interrupted`, `budget` or `failed`. step, epoch: optimizer steps and whole epochs that were
+    done. Nothing is written, and nothing raised, where there is no such folder or it cannot be written.
     """
     content = {"status": status, "reason": reason, "step": step, "epoch": epoch, "time": time.time()}
     if Path(folder).is_dir():

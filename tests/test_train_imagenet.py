@@ -174,8 +174,12 @@ def test_what_only_moves_a_run_may_change(finished):
         sections=train_imagenet.RECIPE_SECTIONS,
         free=train_imagenet.NOT_RECIPE,
         folder=finished.run,
+        defaults={"model": {"blurpool": False}},
     )
     refuse(saved, current)
+    older = copy.deepcopy(saved)
+    del older["model"]["blurpool"]
+    refuse(older, current)  # saved before there was this key
     for section, key, value in (
         ("model", "blurpool", True),
         ("training", "seed", 9),
@@ -305,6 +309,8 @@ def workers(agent):
         ({"data__crop_scale": "1,0.5"}, ["data.crop_scale"]),
         ({"data__rnug": 64}, ["unknown key data.rnug", "data.rung"]),
         ({"training__checkpoint": "x.pt"}, ["training.checkpoint", "eval_only"]),
+        ({"budget__max_dollars": 5}, ["budget.max_dollars needs", "budget.dollars_per_hour or budget.instance"]),
+        ({"budget__instance": "g9.huge"}, ["g9.huge", "budget.dollars_per_hour", "g5.xlarge"]),
         ({"training__epochs": "many"}, ["training.epochs", "'many'"]),
         ({"data__dir": None}, ["data.dir is required"]),
         pytest.param(
