@@ -14,5 +14,5 @@ def test_every_fault_leaves_the_weights_and_the_log_of_an_undisturbed_run(ranks,
     result = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
     table = (tmp_path / "README.md").read_text()
-    assert table.count(" | identical |") == 13 + (ranks > 1)
+    assert table.count(" | identical |") == 14 + (ranks > 1)
     assert "| kill -9 while a checkpoint is mirrored" in table
