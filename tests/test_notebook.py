@@ -23,7 +23,7 @@ def test_it_runs_in_short_mode(textures, tmp_path, monkeypatch):
     pictures = sum("image/png" in output.get("data", {}) for output in outputs)
     assert "epoch 3/3  48 px" in text
     assert "<- headline" in text
-    assert pictures == 5
+    assert pictures == 7
     assert (Path(tmp_path) / "curves.png").stat().st_size > 10_000
 
 
