@@ -600,6 +600,28 @@ def test_staging_says_what_is_not_there_or_does_not_fit(cloud_account, tmp_path,
         cloud.stage(cloud_account.s3, BUCKET, tmp_path, rung=400)
 
 
+# --- The page: its commands are these ---------------------------------------------------------------------------------
+
+
+def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, capsys):
+    page = (ROOT / "docs" / "ec2.md").read_text().replace("BUCKET", BUCKET)
+    blocks = re.findall(r"```\n(.*?)```", page, re.S)
+    lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
+    commands = [words[2:] for words in lines if words[:2] == ["python", "tools/ec2.py"]]
+    assert [words[0] for words in commands] == ["doctor", "launch", "status", "stop", "resume", "fetch", "clean"]
+    for name in ("train_400.beton", "train_400.json", "val_400.beton", "val_400.json"):
+        put(cloud_account, f"rn50/betons/{name}", b"x")
+    stub(monkeypatch, cloud_account, {"service-quotas": quota(8.0), "ssm": with_image(cloud_account)})
+    monkeypatch.setattr(ec2, "pinned_commit", lambda name: ec2.git("rev-parse", "HEAD").decode().strip())
+    monkeypatch.setattr(ec2, "STOP_PATIENCE", 0.1)
+    monkeypatch.setattr("builtins.input", lambda question: "yes")
+    monkeypatch.chdir(tmp_path)
+    for words in commands:
+        ec2.main(words)
+    assert (tmp_path / "runs" / "rn50_78" / "launch.json").exists()
+    assert alive(cloud_account) == []
+
+
 # --- The supervisor by itself: how each end of a training is taken ----------------------------------------------------
 
 
