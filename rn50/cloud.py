@@ -18,11 +18,12 @@ import time
 from pathlib import Path
 
 from rn50.errors import RunError, UsageError
-from rn50.mirror import RECORDS
 
 PREFIX = "rn50"
 BETONS, CODE, RUNS = f"{PREFIX}/betons", f"{PREFIX}/code", f"{PREFIX}/runs"
-CONSOLE = "console.log"
+# What is small goes along with every checkpoint.
+RECORDS = ("config.yaml", "environment.json", "log.jsonl", "status.json")
+CONSOLE, SETUP_LOG = "console.log", "rn50-bootstrap.log"
 # An instance's record is renewed every HEARTBEAT_SECONDS; one that is older than LOST_SECONDS counts as gone.
 HEARTBEAT_SECONDS, LOST_SECONDS = 60.0, 300.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -162,16 +163,16 @@ class Reporter:
         self.store, self.say, self._sent = store, say, {}
         self.record = {"instance_id": instance_id, "dollars_per_hour": dollars_per_hour, "started": started}
 
-    def beat(self, state, folder=None, **more):
-        """Renew the record; upload what changed of the run folder's small files. Gives whether S3 took it."""
+    def beat(self, state, folder=None, *, files=(), **more):
+        """Renew the record; upload `files` and the run folder's small ones, if changed. Gives whether S3 took it."""
         from boto3.exceptions import S3UploadFailedError
         from botocore.exceptions import BotoCoreError, ClientError
 
         self.record |= {"state": state, "seen": time.time(), **more}
         try:
             self.store.write(f"instances/{self.record['instance_id']}.json", self.record)
-            for name in (*RECORDS, CONSOLE) if folder else ():
-                self._send(Path(folder) / name)
+            for path in [*files, *(Path(folder) / name for name in (*RECORDS, CONSOLE) if folder)]:
+                self._send(path)
             return True
         except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as error:
             self.say(f"warning: S3 does not take what this instance reports: {str(error).splitlines()[0]}")

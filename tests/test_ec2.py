@@ -379,9 +379,13 @@ def test_status_shows_progress_dollars_and_the_last_lines(cloud_account, capsys)
     assert "epoch 2 of 8, 64 px, loss 1.500, top-1 51.00 % after epoch 2" in out
     assert "forecast: 6.0 h more at the pace of the last epochs, $" in out
     assert "  | three" in out
+    rows[-1] |= {"forecast": {"top1": 78.25, "evaluation": "224 px"}, "dollars_to_finish": 3.5}
+    put(cloud_account, "rn50/runs/demo/log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     report(cloud_account, instance, ago=900)
     ec2.main(["status", "--bucket", BUCKET])
-    assert "it runs but does not report" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "it runs but does not report" in out
+    assert "forecast: top-1 78.2 % at 224 px, $4.50 in all" in out
     cloud_account.ec2.terminate_instances(InstanceIds=[instance["InstanceId"]])
     ec2.main(["status", "--bucket", BUCKET])
     assert "it was taken away: go on with tools/ec2.py resume --run demo" in capsys.readouterr().out
@@ -853,9 +857,9 @@ class Machine:
             "AWS_EC2_METADATA_SERVICE_ENDPOINT": metadata.url,
         }
 
-    def start(self):
-        done = subprocess.run(["bash", self.folder / "user-data"], env=self.environment, timeout=60)
-        assert done.returncode == 0, self.log("var/log/rn50-bootstrap.log")
+    def start(self, status=0):
+        done = subprocess.run(["bash", self.folder / "user-data"], env=self.environment, timeout=120)
+        assert done.returncode == status, self.log("var/log/rn50-bootstrap.log")
 
     def log(self, name):
         path = self.folder / name
@@ -881,6 +885,31 @@ def committed():
     if done.returncode:
         pytest.skip("not a git working tree")
     return done.stdout.strip() or "HEAD"
+
+
+def test_a_set_up_that_fails_is_reported_and_switches_the_instance_off(cloud_account, moto, tmp_path, capsys):
+    with Metadata() as metadata:
+        instance = launch(cloud_account, "--commit", committed(), *(f"--set={s}" for s in SETTINGS))
+        machine = Machine(tmp_path / "one", user_data(cloud_account, instance), moto, metadata, instance["InstanceId"])
+        machine.start(status=1)  # there are no betons
+    assert machine.log("did").splitlines()[1:2] == ["shutdown -h now"]
+    capsys.readouterr()
+    ec2.main(["status", "--bucket", BUCKET])
+    out = capsys.readouterr().out
+    assert "failed (setting up failed at: betons)" in out
+    assert "  | error: there is no train_64.beton under rn50/betons/" in out
+
+
+def test_code_that_is_not_what_was_pinned_is_not_run(cloud_account, moto, tmp_path):
+    with Metadata() as metadata:
+        instance = launch(cloud_account)
+        (key,) = (e["Key"] for e in cloud_account.s3.list_objects_v2(Bucket=BUCKET, Prefix="rn50/code/")["Contents"])
+        put(cloud_account, key, b"something else")
+        machine = Machine(tmp_path / "one", user_data(cloud_account, instance), moto, metadata, instance["InstanceId"])
+        machine.start(status=1)
+    assert "checksum did NOT match" in machine.log("var/log/rn50-bootstrap.log")
+    assert machine.log("did").splitlines()[-1] == "shutdown -h +1"
+    assert not (tmp_path / "one" / "opt" / "rn50" / "tools").exists()
 
 
 def tensors(path):
@@ -950,3 +979,10 @@ def test_a_spot_instance_that_is_taken_away_costs_nothing_but_time(cloud_account
     )
     assert len(pairs) > 100
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_the_laptop_and_the_supervisor_need_no_torch():
+    """The commands answer at once, and a laptop needs boto3 and PyYAML only."""
+    code = "import sys; from tools import ec2, ec2_supervise; print({'torch', 'numpy', 'ffcv'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr

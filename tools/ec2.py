@@ -23,7 +23,6 @@ import yaml
 
 from rn50 import cloud, costs, errors
 from rn50.errors import RunError, UsageError
-from rn50.run_log import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 TAG = {"project": "rn50"}
@@ -294,7 +293,8 @@ def start(aws, args, store, record, config):
     if not args.yes and input("Type yes to launch: ").strip() != "yes":
         raise RunError("nothing was launched")
     try:
-        record["code_sha256"] = upload_code(aws, record["commit"])
+        if not record.get("code_sha256"):
+            record["code_sha256"] = upload_code(aws, record["commit"])
         aws.client("s3").delete_object(Bucket=aws.bucket, Key=f"{store.prefix}/stop")
         group = security_group(aws, zones)
         profile = instance_profile(aws)
@@ -685,15 +685,19 @@ def status_lines(store, record, alive, records, now):
     ended = store.read("status.json")
     if ended:
         yield f"last command: {ended['status']} ({ended['reason']}) at step {ended['step']}"
-    console = (store.read_bytes(cloud.CONSOLE) or b"").decode(errors="replace").strip().splitlines()
+    console = store.read_bytes(cloud.CONSOLE) or store.read_bytes(cloud.SETUP_LOG) or b""
+    console = console.decode(errors="replace").strip().splitlines()
     yield from (f"  | {line}" for line in console[-5:])
 
 
 def forecast(record, rows, epochs, spent):
-    """When the run will be done, from the pace of its latest epochs at their resolution."""
+    """What the run will cost and reach: its own forecast where its log has one, else the pace of its latest epochs."""
     latest = rows[-1]
-    if isinstance(latest.get("forecast"), str):
-        return f"forecast: {latest['forecast']}"
+    own = latest.get("forecast")
+    more = latest.get("dollars_to_finish")
+    if isinstance(own, dict) and own.get("top1") is not None:
+        money = f", ${spent + more:.2f} in all" if more is not None else ""
+        return f"forecast: top-1 {own['top1']:.1f} % at {own.get('evaluation', 'the end')}{money}"
     recent = [r["train_seconds"] + r.get("val_seconds", 0) for r in rows[-3:]]
     left = (epochs - latest["epoch"] - 1) * sum(recent) / len(recent)
     total = spent + left / 3600 * record["dollars_per_hour"]
@@ -751,8 +755,7 @@ def fetch(aws, args):
         aws.client("s3").download_file(aws.bucket, f"{store.prefix}/{name}", str(partial))
         partial.rename(folder / name)
         print(f"{folder / name}  {size} bytes")
-    rows = read_rows(folder / "log.jsonl") if (folder / "log.jsonl").exists() else []
-    print(f"{len(rows)} epochs; curves: python tools/plot_log.py {folder} --out curves.png")
+    print(f"{len(rows_of(store))} epochs; curves: python tools/plot_log.py {folder} --out curves.png")
 
 
 def clean(aws, args):

@@ -20,7 +20,7 @@ finish() {
     "$python" tools/ec2_supervise.py give-up --reason "setting up failed at: $step" || {
         # Without packages nothing but the aws command can tell.
         aws s3 cp --only-show-errors "$prefix/var/log/rn50-bootstrap.log" \
-            "s3://$RN50_BUCKET/rn50/runs/$RN50_RUN/console.log" || true
+            "s3://$RN50_BUCKET/rn50/runs/$RN50_RUN/rn50-bootstrap.log" || true
         shutdown -h now
     }
 }
@@ -55,10 +55,15 @@ unit() { # name, text
 
 step="packages"
 if [[ -z $prefix ]]; then
-    # a fresh instance upgrades itself at first, and holds apt's lock meanwhile
+    # a fresh instance upgrades itself at first, and holds apt's locks meanwhile
+    systemctl stop apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service || true
     echo 'DPkg::Lock::Timeout "900";' >/etc/apt/apt.conf.d/90rn50
 fi
-bash tools/setup.sh
+tries=3
+until bash tools/setup.sh; do
+    ((--tries)) || exit 1
+    sleep 20
+done
 
 step="betons"
 betons=$(choose_disk)

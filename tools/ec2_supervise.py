@@ -40,7 +40,8 @@ def main():
         train(store, reporter, record, args.betons)
     else:
         folder = ROOT / "runs" / record["run"]
-        end(reporter, folder if folder.exists() else None, "failed", args.reason)
+        log = Path(f"{os.environ.get('RN50_PREFIX', '')}/var/log") / cloud.SETUP_LOG
+        end(reporter, folder if folder.exists() else None, "failed", args.reason, files=[log])
 
 
 def connect():
@@ -151,11 +152,11 @@ def stop_reason(store, record, idle_minutes):
     return None
 
 
-def end(reporter, folder, state, reason):
+def end(reporter, folder, state, reason, files=()):
     """Report how it ended, and switch off: the instance was launched to terminate then."""
     say(f"{state}: {reason}; switching off")
     for _ in range(3):
-        if reporter.beat(state, folder, reason=reason):
+        if reporter.beat(state, folder, files=files, reason=reason):
             break
         time.sleep(POLL_SECONDS)
     subprocess.run(["shutdown", "-h", "now"], check=True)
