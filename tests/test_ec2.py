@@ -981,8 +981,31 @@ def test_a_spot_instance_that_is_taken_away_costs_nothing_but_time(cloud_account
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_the_laptop_and_the_supervisor_need_no_torch():
-    """The commands answer at once, and a laptop needs boto3 and PyYAML only."""
-    code = "import sys; from tools import ec2, ec2_supervise; print({'torch', 'numpy', 'ffcv'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "set()", done.stderr
+def test_the_laptop_and_the_supervisor_need_no_torch(tmp_path):
+    """The commands answer at once, and a laptop needs boto3 and PyYAML only, in a clone that is not installed."""
+    code = f"import runpy; runpy.run_path('{ROOT}/tools/ec2.py'); import sys, rn50; print(rn50.__file__)\n"
+    code += "from tools import ec2_supervise; print({'torch', 'numpy', 'ffcv'} & set(sys.modules))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == [str(ROOT / "rn50" / "__init__.py"), "set()"], done.stderr
+
+
+def test_a_security_group_that_someone_opened_is_not_used(cloud_account):
+    first = launch(cloud_account)
+    group = first["SecurityGroups"][0]["GroupId"]
+    cloud_account.ec2.terminate_instances(InstanceIds=[first["InstanceId"]])
+    cloud_account.ec2.authorize_security_group_ingress(
+        GroupId=group, IpProtocol="tcp", FromPort=22, ToPort=22, CidrIp="0.0.0.0/0"
+    )
+    with pytest.raises(RunError, match=rf"security group {group} \(rn50\) has open ports"):
+        launch(cloud_account, run="other")
+    assert alive(cloud_account) == []
+
+
+@pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
+def test_the_shell_scripts_pass_shellcheck(tmp_path):
+    record = {"bucket": BUCKET, "run": "demo", "commit": "abc", "code_sha256": "def", "region": "us-east-1"}
+    (tmp_path / "user-data.sh").write_text(ec2.user_data(record | {"budget": 25, "dollars_per_hour": 1}, spent=0))
+    scripts = [tmp_path / "user-data.sh", ROOT / "tools" / "ec2_bootstrap.sh"]
+    done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

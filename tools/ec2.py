@@ -16,10 +16,13 @@ import hashlib
 import json
 import shlex
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a laptop has no need to install what trains
 
 from rn50 import cloud, costs, errors
 from rn50.errors import RunError, UsageError
