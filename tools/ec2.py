@@ -574,7 +574,7 @@ def user_data(record, spent):
         "AWS_DEFAULT_REGION": record["region"],
         "RN50_MINUTES": minutes,
     }
-    assignments = "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
+    assignments = "\n".join(f"export {name}={shlex.quote(str(value))}" for name, value in values.items())
     return USER_DATA.replace("@VALUES@", assignments)
 
 
@@ -584,9 +584,7 @@ set -euo pipefail
 prefix=${RN50_PREFIX:-}
 mkdir -p "$prefix/etc" "$prefix/var/log" "$prefix/opt/rn50"
 exec >>"$prefix/var/log/rn50-bootstrap.log" 2>&1
-set -a
 @VALUES@
-set +a
 # whatever happens, the machine is gone when the budget is spent: switching off terminates it
 shutdown -h "+$RN50_MINUTES"
 trap 'shutdown -h +1' ERR
