@@ -694,6 +694,8 @@ def status_lines(store, record, alive, records, now):
 def forecast(record, rows, epochs, spent):
     """What the run will cost and reach: its own forecast where its log has one, else the pace of its latest epochs."""
     latest = rows[-1]
+    if latest["epoch"] + 1 == epochs:
+        return "all epochs are done"
     own = latest.get("forecast")
     more = latest.get("dollars_to_finish")
     if isinstance(own, dict) and own.get("top1") is not None:
