@@ -478,6 +478,7 @@ ACTIONS = {
     "s3:CreateMultipartUpload": ["s3:PutObject"],
     "s3:UploadPart": ["s3:PutObject"],
     "s3:CompleteMultipartUpload": ["s3:PutObject"],
+    "s3:HeadBucket": ["s3:ListBucket"],
     "s3:HeadObject": ["s3:GetObject"],
     "s3:ListObjectsV2": ["s3:ListBucket"],
     "s3:ListMultipartUploads": ["s3:ListBucketMultipartUploads"],
