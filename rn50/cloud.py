@@ -80,7 +80,7 @@ def dollars(records):
     return sum(max(0.0, r["seen"] - r["started"]) / 3600 * r["dollars_per_hour"] for r in records)
 
 
-def training_command(record, *, python, betons, gpus, with_budget):
+def training_command(record, *, python, betons, gpus):
     """The command of a launch record's run, for the working directory of the tree."""
     command = [python, "train_imagenet.py"]
     if gpus > 1:
@@ -88,9 +88,8 @@ def training_command(record, *, python, betons, gpus, with_budget):
     command += ["--config-file", record["config"], *(f"--{setting}" for setting in record["settings"])]
     command += [f"--data.dir={betons}", "--logging.folder=runs", f"--logging.run_name={record['run']}"]
     command.append(f"--logging.mirror=s3://{record['bucket']}/{RUNS}")
-    if with_budget:
-        command.append(f"--budget.max_dollars={record['budget']:g}")
-        command.append(f"--budget.dollars_per_hour={record['dollars_per_hour']:g}")
+    command.append(f"--budget.max_dollars={record['budget']:g}")
+    command.append(f"--budget.dollars_per_hour={record['dollars_per_hour']:g}")
     return command
 
 

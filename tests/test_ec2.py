@@ -152,6 +152,15 @@ def test_the_flagship_is_projected_before_it_is_paid_for(cloud_account, capsys):
     assert re.search(r"projected from published figures: \d+\.\d h, \$\d+\.\d\d", capsys.readouterr().out)
 
 
+def test_a_run_that_is_projected_to_cost_more_than_its_budget_is_not_launched(cloud_account):
+    flags = ["--bucket", BUCKET, "--config", "rn50_configs/rn50_78.yaml", "--budget", "3", "--yes"]
+    with pytest.raises(
+        RunError, match=r"projected to cost \$\d+\.\d\d of a budget of \$3.00.*budget.allow_overrun=true"
+    ):
+        ec2.main(["launch", *flags, "--ami", cloud_account.image, "--commit", "HEAD"])
+    assert alive(cloud_account) == []
+
+
 def test_a_repeated_launch_makes_nothing_twice(cloud_account):
     first = launch(cloud_account)
     with pytest.raises(RunError, match=f"{first['InstanceId']} is running"):
@@ -780,13 +789,12 @@ def test_without_s3_the_training_goes_on(supervised, monkeypatch, capsys):
 def test_the_training_command_has_what_the_launch_asked_for():
     record = {"run": "r", "bucket": BUCKET, "config": "c.yaml", "settings": ["a.b=1"], "budget": 25.0}
     record["dollars_per_hour"] = 0.5
-    one = cloud.training_command(record, python="python", betons="/b", gpus=1, with_budget=True)
+    one = cloud.training_command(record, python="python", betons="/b", gpus=1)
     assert one[:4] == ["python", "train_imagenet.py", "--config-file", "c.yaml"]
     assert {"--a.b=1", "--data.dir=/b", "--logging.run_name=r", f"--logging.mirror=s3://{BUCKET}/rn50/runs"} < set(one)
     assert {"--budget.max_dollars=25", "--budget.dollars_per_hour=0.5"} < set(one)
-    eight = cloud.training_command(record, python="python", betons="/b", gpus=8, with_budget=False)
+    eight = cloud.training_command(record, python="python", betons="/b", gpus=8)
     assert eight[:4] == ["python", "-m", "torch.distributed.run", "--nproc_per_node=8"]
-    assert not any("budget" in word for word in eight)
 
 
 # --- The instance itself: user data, bootstrap, supervisor, training --------------------------------------------------

@@ -292,7 +292,13 @@ def start(aws, args, store, record, config):
     prices, source = hourly_prices(aws, record["instance"], record["spot"], zones)
     record["dollars_per_hour"] = max(prices.values())
     spent = cloud.dollars(store.instances())
-    print("\n".join(plan_lines(record, config, prices, source, spent, image)))
+    text, projected = projection(record, config)
+    print("\n".join(plan_lines(record, prices, source, spent, image, text)))
+    if projected and not spent and projected > record["budget"]:
+        raise RunError(
+            f"the run is projected to cost ${projected:.2f} of a budget of ${record['budget']:.2f}, and the training "
+            "would refuse to begin: give a higher --budget, a shorter recipe, or --set budget.allow_overrun=true"
+        )
     if not args.yes and input("Type yes to launch: ").strip() != "yes":
         raise RunError("nothing was launched")
     try:
@@ -326,14 +332,14 @@ def explain_any(error):
         return str(explained)
 
 
-def plan_lines(record, config, prices, source, spent, image):
+def plan_lines(record, prices, source, spent, image, projected):
     market = "spot" if record["spot"] else "on demand"
     hours = record["budget"] / record["dollars_per_hour"]
     yield f"run {record['run']}: {record['config']} {' '.join(record['settings'])} at commit {record['commit'][:12]}"
     low, high = min(prices.values()), max(prices.values())
     price = f"${high:.3f}/h" if low == high else f"${low:.3f} to ${high:.3f}/h"
     yield f"on one {record['instance']}, {market}, {record['region']}, image {image['ImageId']}: {price} ({source})"
-    yield projection(record, config)
+    yield projected
     yield (
         f"budget ${record['budget']:.2f}, {hours:.1f} h at the highest of these prices"
         + (f", of which ${spent:.2f} are spent" if spent else "")
@@ -344,7 +350,7 @@ def plan_lines(record, config, prices, source, spent, image):
 
 
 def projection(record, config):
-    """What the run should take, from published figures; says so where there are none for it."""
+    """(what the run should take, from published figures, its dollars); says so where there are none for it."""
     table = costs.read_table()
     machine = next((m for m in costs.machines(table, False) if m.name == record["instance"]), None)
     try:
@@ -363,13 +369,14 @@ def projection(record, config):
     except KeyError:
         machine = None
     if machine is None or config.get("model", {}).get("arch") != "resnet50" or record["settings"]:
-        return "no projection: the table of published figures has none for this instance or these settings"
+        return "no projection: the table of published figures has none for this instance or these settings", None
     parts, limit = costs.hours(table, costs.fit(table), costs.loader_rates(table), recipe, machine, record["spot"])
     total = sum(parts.values())
+    dollars = total * record["dollars_per_hour"]
     return (
-        f"projected from published figures: {total:.1f} h, ${total * record['dollars_per_hour']:.2f} "
+        f"projected from published figures: {total:.1f} h, ${dollars:.2f} "
         f"(limited by {limit}; tools/plan_run.py gives the range)"
-    )
+    ), dollars
 
 
 def hourly_prices(aws, instance, spot, zones):

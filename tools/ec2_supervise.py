@@ -77,13 +77,7 @@ def train(store, reporter, record, betons):
     status = read_status(folder)
     if status.get("status") in ("finished", "budget"):
         return end(reporter, folder, status["status"], status["reason"])
-    command = cloud.training_command(
-        record,
-        python=sys.executable,
-        betons=betons,
-        gpus=count_gpus(),
-        with_budget=(ROOT / "rn50" / "budget.py").exists(),
-    )
+    command = cloud.training_command(record, python=sys.executable, betons=betons, gpus=count_gpus())
     say(" ".join(command))
     asked = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append("SIGTERM"))
