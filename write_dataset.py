@@ -1,9 +1,10 @@
-"""Image folders -> one or more .beton files: python write_dataset.py --source.dir=TREE --out.dir=DIR
+"""Images -> one or more .beton files: python write_dataset.py --source.dir=TREE --out.dir=DIR
 
-TREE/train and TREE/val become DIR/train_400.beton, DIR/val_400.beton and so on, one file for each maximum side
-length in out.resolutions, with a manifest (.json) beside each. Each image is read and decoded once for the whole
-ladder. The files depend on the images and the settings alone, not on the number of workers or on interruptions:
-run the same command again to continue.
+TREE holds folders (train/<class>/<image>), or ImageNet as it comes: the tars of its site, Kaggle's download, or
+Hugging Face's parquet files (rn50/imagenet.py). Its splits train and val become DIR/train_400.beton, DIR/val_400.beton
+and so on, one file for each maximum side length in out.resolutions, with a manifest (.json) beside each. Each image is
+read and decoded once for the whole ladder. The files depend on the images and the settings alone, not on the form of
+the source, the number of workers or interruptions: run the same command again to continue.
 """
 
 import hashlib
@@ -14,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import wait
 from types import SimpleNamespace
@@ -25,12 +27,20 @@ from tqdm import tqdm
 
 from rn50 import beton, config
 from rn50.errors import RunError, UsageError, run
-from rn50.sources import decode_image, open_source
+from rn50.imagenet import check_counts, odd_images
+from rn50.sources import decode_image, open_source, split_classes
 
 Section("source", "the images").params(
-    dir=Param(config.text(), "folder with train/<class>/<image> and val/<class>/<image>", required=True),
+    dir=Param(
+        config.text(), "folder of train/ and val/, or of ImageNet's tars, Kaggle or parquet files", required=True
+    ),
     splits=Param(config.text(), "splits to convert, comma-separated", default="train,val"),
     subset=Param(config.whole(0), "only the first so many of the shuffled images of each split; 0: all", default=0),
+    counts=Param(
+        config.choice("auto", "imagenet", "any"),
+        "number of images: imagenet: must be ImageNet-1k's; auto: so from 900 of its classes on",
+        default="auto",
+    ),
     skip_corrupt=Param(config.switch(), "leave out and list images that cannot be decoded", default=False),
 )
 Section("out", "the .beton files").params(
@@ -50,7 +60,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main():
-    cfg = config.load("Convert image folders to .beton files, several sizes in one pass.")
+    cfg = config.load("Convert images to .beton files, several sizes in one pass.")
     signal.signal(signal.SIGTERM, _stop)
     jobs = [job for split in _splits(cfg) if (job := plan(cfg, split))]
     if not jobs:
@@ -63,8 +73,9 @@ def main():
 
 def plan(cfg, split):
     """What must be written for one split, or None when all of it is there. RunError when it can't be."""
-    source = open_source(cfg.source.dir, split)
+    source = open_source(cfg.source.dir, split, cache=cfg.out.dir)
     _same_classes(cfg.source.dir, split, source)
+    check_counts(source, split, cfg.source.counts)
     order = np.random.default_rng(cfg.out.seed).permutation(len(source))
     order = order[: cfg.source.subset] if cfg.source.subset else order
     encoding = {"quality": cfg.out.quality, "raw_share": cfg.out.raw_share, "seed": cfg.out.seed}
@@ -82,9 +93,20 @@ def plan(cfg, split):
         return None
     if source.ignored:
         print(f"{split}: ignoring {source.ignored} entries that are not images")
+    odd = odd_images(source)
+    if odd:
+        listed = ", ".join(f"{sample_id} ({kind})" for sample_id, kind in odd)
+        print(f"{split}: {len(odd)} known odd files are converted to RGB like the others: {listed}")
     paths = {rung: os.path.join(cfg.out.dir, f"{split}_{rung}.beton") for rung in manifests}
     return SimpleNamespace(
-        split=split, source=source, order=order, encoding=encoding, manifests=manifests, paths=paths, journal=journal
+        split=split,
+        source=source,
+        order=order,
+        encoding=encoding,
+        manifests=manifests,
+        paths=paths,
+        journal=journal,
+        staging=os.path.join(cfg.out.dir, f"{split}.staged"),
     )
 
 
@@ -92,13 +114,16 @@ def preflight(jobs, folder, workers):
     """Print what will be written and how long it takes; RunError when the disk has no room for it."""
     needed = seconds = 0
     for job in jobs:
-        sizes, seconds_per_image = measure(job)
-        seconds += seconds_per_image * len(job.order) / workers
+        sizes, seconds_per_image, staging_seconds = measure(job)
+        seconds += seconds_per_image * len(job.order) / workers + staging_seconds
         print(f"{job.split}: {len(job.order)} images of {len(job.source.classes)} classes")
+        if job.source.staging_bytes:
+            print(f"  {job.staging}  about {_bytes(job.source.staging_bytes)}, until the split is converted")
+            needed += max(0, job.source.staging_bytes - _folder_bytes(job.staging))
         for rung, size in sizes.items():
             print(f"  {job.paths[rung]}  about {_bytes(size)}")
-            partial = job.paths[rung] + ".partial"
-            needed += size - (os.path.getsize(partial) if os.path.exists(partial) else 0)
+            written = job.paths[rung] + ".partial"
+            needed += size - (os.path.getsize(written) if os.path.exists(written) else 0)
     existing = os.path.abspath(folder)
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
@@ -111,16 +136,22 @@ def preflight(jobs, folder, workers):
 
 
 def measure(job):
-    """Expected bytes of each rung's file, and seconds of one core per image, from a sample of the images."""
+    """Expected bytes of each rung's file, seconds of one core per image, and seconds of staging: from a sample."""
     count = min(len(job.order), max(10, len(job.order) // 20), PREFLIGHT_IMAGES)
     sample = [job.order[k] for k in np.linspace(0, len(job.order) - 1, count).astype(int)]
     cv2.setNumThreads(1)
-    started, encoded = time.perf_counter(), []
+    started, encoded, staging_seconds = time.perf_counter(), [], 0
     for i in sample:
+        if job.source.staging_bytes:
+            reading = time.perf_counter()
+            job.source.read(int(i))
+            staging_seconds += time.perf_counter() - reading
         _, _, pictures = encode_sample(job.source, int(i), list(job.paths), job.encoding)
         if not isinstance(pictures, str):
             encoded.append([len(data) for _, _, _, data in pictures])
-    seconds = (time.perf_counter() - started) / count
+    seconds = (time.perf_counter() - started - staging_seconds) / count
+    if job.source.staging_bytes:  # what was read were whole row groups
+        staging_seconds *= len(job.source) / job.source.rows_per_read / count
     if not encoded:
         raise RunError(f"none of {count} images tried from {job.source.folder} can be decoded")
     sizes = {}
@@ -128,7 +159,7 @@ def measure(job):
         records = len(job.order) * (beton.SAMPLE.itemsize + beton.ALLOCATION.itemsize)
         pages = len(job.order) * mean * (1 + mean / 2 / beton.PAGE_SIZE)
         sizes[rung] = int(pages + records + 2 * beton.PAGE_SIZE)
-    return sizes, seconds
+    return sizes, seconds, staging_seconds
 
 
 def convert(job, *, workers, skip_corrupt):
@@ -136,6 +167,7 @@ def convert(job, *, workers, skip_corrupt):
     folder = os.path.dirname(job.journal) or "."
     with beton.disk_errors(folder):
         os.makedirs(folder, exist_ok=True)
+        job.source.stage(job.staging, partial(print, f"{job.split}:", flush=True))
     fingerprint = [[m["settings"] | {"max_side": 0}, m["source"]] for m in job.manifests.values()][0]
     fingerprint.append(f"OpenCV {cv2.__version__}")
     ladder = beton.LadderWriter(paths=job.paths, journal=job.journal, capacity=len(job.order), fingerprint=fingerprint)
@@ -163,6 +195,7 @@ def convert(job, *, workers, skip_corrupt):
         ladder.finish(job.manifests)
     finally:
         ladder.close()
+    shutil.rmtree(job.staging, ignore_errors=True)
     for path in job.paths.values():
         print(f"wrote {path} ({_bytes(os.path.getsize(path))}, {len(ladder.labels)} images)", flush=True)
     for entry in ladder.skipped:
@@ -337,11 +370,9 @@ def _rungs(cfg):
 def _same_classes(root, split, source):
     """Labels are positions in a sorting, so one missing folder would shift the labels of all that follow."""
     for other in ("train", "val"):
-        folder = os.path.join(root, other)
-        if other == split or not os.path.isdir(folder):
+        theirs = None if other == split else split_classes(root, other)
+        if theirs is None:
             continue
-        with os.scandir(folder) as entries:
-            theirs = {entry.name for entry in entries if entry.is_dir() and not entry.name.startswith(".")}
         ours = {c["wnid"] for c in source.classes}
         if theirs != ours:
             name = sorted(theirs ^ ours)[0]
@@ -372,6 +403,10 @@ def _refuse_corrupt(path, reason):
 
 def _stop(number, frame):
     raise RunError(f"stopped by {signal.Signals(number).name}; run the same command again to continue")
+
+
+def _folder_bytes(folder):
+    return sum(os.path.getsize(os.path.join(top, name)) for top, _, names in os.walk(folder) for name in names)
 
 
 def _bytes(count):

@@ -5,12 +5,11 @@ import threading
 from pathlib import Path
 
 from rn50.checkpoint import LAST, wait_until
+from rn50.cloud import RECORDS
 from rn50.errors import RunError, UsageError
 
 RETRY_SECONDS = 30.0
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 30, 2
-# What is small goes along with every checkpoint.
-RECORDS = ("config.yaml", "environment.json", "log.jsonl", "status.json")
 
 
 class Mirror:

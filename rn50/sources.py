@@ -1,5 +1,6 @@
 """Where images come from: the samples of one split in a fixed order, and their bytes as upright RGB."""
 
+import collections
 import ctypes
 import glob
 import hashlib
@@ -30,51 +31,48 @@ IMAGENETTE_NAMES = {
 }
 
 
-def open_source(directory, split):
-    """The source of `split` ("train", "val") under `directory`; RunError where there is none."""
-    return ImageFolderSource(directory, split)
+def open_source(directory, split, cache=None):
+    """The source of `split` ("train", "val") under `directory`, whatever form the images have there.
+
+    An ImageFolder tree, or ImageNet as it comes from its site, Kaggle or Hugging Face (rn50/imagenet.py). cache: a
+    folder for the index of a tar file, which takes minutes to make. RunError where there is nothing of the kind.
+    """
+    from rn50 import imagenet
+
+    return (imagenet.find(directory, split, cache) or ImageFolderSource)(directory, split)
 
 
-class ImageFolderSource:
-    """`root/split/<class>/<image>`, sorted by class and then by file name; labels are positions in that sorting.
+def split_classes(directory, split):
+    """Names of the class folders, or wnids, of a split; None where there is no such split."""
+    from rn50 import imagenet
 
-    Every source has `kind`, `classes` (a list of {wnid, name} in label order), `ignored` (files left out because
-    they are no images), `len()`, `item(i) -> (id, label)`, `read(i) -> bytes` and `digest()`, and can be pickled.
-    An id names the sample within the split on every machine.
+    found = imagenet.find(directory, split, None)
+    if found:
+        return found.split_classes(directory, split)
+    folder = os.path.join(directory, split)
+    return set(_class_folders(folder)[0]) if os.path.isdir(folder) else None
+
+
+class Listing:
+    """The samples of one split by class and then by file name; labels are positions among the sorted classes.
+
+    Every source has `kind`, `folder` (what to show a person), `classes` (a list of {wnid, name} in label order),
+    `ignored` (files left out because they are no images), `len()`, `item(i) -> (id, label)`, `read(i) -> bytes` and
+    `digest()`, and can be pickled. An id names the sample within the split on every machine and in every form.
     """
 
-    kind = "imagefolder"
+    ignored = 0
+    staging_bytes = 0  # what `stage` writes
 
-    def __init__(self, root, split):
-        self.folder = os.path.join(str(root), split)
-        class_names, self.ignored = _class_folders(self.folder)
-        names, counts = [], []
-        for class_name in class_names:
-            files = self._images(class_name)
-            if not files:
-                raise RunError(f"{os.path.join(self.folder, class_name)} holds no images; fill or remove it")
-            names += files
-            counts.append(len(files))
-        self.classes = [{"wnid": name, "name": IMAGENETTE_NAMES.get(name, name)} for name in class_names]
-        self._first = np.concatenate([[0], np.cumsum(counts)])
+    def _list(self, files, names=None):
+        """files: {wnid: sorted file names}, in label order. names: {wnid: name for people}, or part of it."""
+        names = {**unique_names(names or {}), **IMAGENETTE_NAMES}
+        self.classes = [{"wnid": wnid, "name": names.get(wnid, wnid)} for wnid in files]
+        self._first = np.concatenate([[0], np.cumsum([len(listed) for listed in files.values()])])
         # A million Python strings take 100 MB in every worker and seconds to unpickle; one byte string takes 25 MB.
-        encoded = [os.fsencode(name) for name in names]
+        encoded = [os.fsencode(name) for listed in files.values() for name in listed]
         self._names = b"".join(encoded)
         self._ends = np.cumsum([0] + [len(name) for name in encoded])
-
-    def _images(self, class_name):
-        files = []
-        try:
-            with os.scandir(os.path.join(self.folder, class_name)) as entries:
-                for entry in entries:
-                    is_image = os.path.splitext(entry.name)[1].lower() in EXTENSIONS and not entry.name.startswith(".")
-                    if is_image and entry.is_file():
-                        files.append(entry.name)
-                    else:
-                        self.ignored += 1
-        except OSError as error:
-            raise RunError(f"cannot read {error.filename}: {error.strerror}") from None
-        return sorted(files)
 
     def __len__(self):
         return len(self._ends) - 1
@@ -85,14 +83,11 @@ class ImageFolderSource:
         name = os.fsdecode(self._names[self._ends[i] : self._ends[i + 1]])
         return f"{self.classes[label]['wnid']}/{name}", label
 
-    def read(self, i):
-        """The file's bytes; OSError where it cannot be read."""
-        with open(self.path(i), "rb") as handle:
-            return handle.read()
-
-    def path(self, i):
-        """What to show a person who must look at sample `i`."""
-        return os.path.join(self.folder, self.item(i)[0])
+    def find(self, label, name):
+        """Index of the sample with this label and file name, or None."""
+        low, high = int(self._first[label]), int(self._first[label + 1])
+        names = [self._names[self._ends[i] : self._ends[i + 1]] for i in range(low, high)]
+        return low + names.index(os.fsencode(name)) if os.fsencode(name) in names else None
 
     def digest(self):
         """sha256 over names, not contents: replacing one bad file must not throw away a half-written conversion."""
@@ -100,6 +95,65 @@ class ImageFolderSource:
         for part in (self._first.tobytes(), self._names, self._ends.tobytes()):
             listing.update(part)
         return listing.hexdigest()
+
+    def missing(self):
+        """What the source's own list of images has and the source has not, as text; None where nothing is known."""
+        return None
+
+    def stage(self, folder, say):
+        """Make random access fast where it is not; `folder` is removed when the split is converted."""
+
+
+class ImageFolderSource(Listing):
+    """`root/split/<class>/<image>`, sorted by class and then by file name."""
+
+    kind = "imagefolder"
+
+    def __init__(self, root, split):
+        self._scan(os.path.join(str(root), split))
+
+    def _scan(self, folder, names=None):
+        self.folder = folder
+        class_names, self.ignored = _class_folders(folder)
+        files = {}
+        for class_name in class_names:
+            files[class_name] = self._images(class_name)
+            if not files[class_name]:
+                raise RunError(f"{os.path.join(folder, class_name)} holds no images; fill or remove it")
+        self._list(files, names)
+
+    def _images(self, class_name):
+        files = []
+        try:
+            with os.scandir(os.path.join(self.folder, class_name)) as entries:
+                for entry in entries:
+                    if is_image_name(entry.name) and entry.is_file():
+                        files.append(entry.name)
+                    else:
+                        self.ignored += 1
+        except OSError as error:
+            raise RunError(f"cannot read {error.filename}: {error.strerror}") from None
+        return sorted(files)
+
+    def read(self, i):
+        """The file's bytes; OSError where it cannot be read."""
+        with open(self.path(i), "rb") as handle:
+            return handle.read()
+
+    def path(self, i):
+        """Where sample `i` is."""
+        return os.path.join(self.folder, self.item(i)[0])
+
+
+def is_image_name(name):
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+
+
+def unique_names(synonyms):
+    """{wnid: first of its comma-separated synonyms}, with the wnid where another class has the same (`crane`)."""
+    first = {wnid: words.split(",")[0].strip() for wnid, words in synonyms.items()}
+    counts = collections.Counter(first.values())
+    return {wnid: name if counts[name] == 1 else f"{name} ({wnid})" for wnid, name in first.items()}
 
 
 def _class_folders(folder):

@@ -17,7 +17,7 @@ class Metadata:
     """
 
     def __init__(self):
-        self.notice = self.rebalance = self.trouble = None
+        self.notice = self.rebalance = self.trouble = self.instance_id = None
         self.requests = self.tokens_issued = 0
         service = self
 
@@ -45,6 +45,8 @@ class Metadata:
                     "/latest/meta-data/spot/instance-action": service.notice,
                     "/latest/meta-data/events/recommendations/rebalance": service.rebalance,
                 }
+                if self.path == "/latest/meta-data/instance-id":
+                    return self.answer(200, service.instance_id)
                 found = known.get(self.path)
                 self.answer(200 if found else 404, json.dumps(found) if found else "")
 

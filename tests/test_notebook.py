@@ -23,14 +23,18 @@ def test_it_runs_in_short_mode(textures, tmp_path, monkeypatch):
     pictures = sum("image/png" in output.get("data", {}) for output in outputs)
     assert "epoch 3/3  48 px" in text
     assert "<- headline" in text
-    assert pictures == 5
+    assert pictures == 7
     assert (Path(tmp_path) / "curves.png").stat().st_size > 10_000
 
 
-def test_it_is_committed_without_outputs():
+def test_only_two_small_plots_are_committed_and_no_photographs():
     notebook = nbformat.read(PATH, as_version=4)
     nbformat.validate(notebook)
-    assert not any(cell.get("outputs") for cell in notebook.cells)
+    kept = {cell["id"]: cell["outputs"] for cell in notebook.cells if cell.get("outputs")}
+    assert set(kept) == {"cell-11", "cell-18"}  # curves and confusion matrix
+    for (output,) in kept.values():
+        assert list(output["data"]) == ["image/png"]
+        assert len(output["data"]["image/png"]) < 60_000
 
 
 @pytest.mark.parametrize("folder", ["home", "work", "root"])

@@ -1,5 +1,6 @@
 """pyproject.toml, requirements.lock and environment.yml say the same, and the shell scripts keep their promises."""
 
+import json
 import os
 import re
 import shutil
@@ -10,11 +11,14 @@ import tomllib
 from importlib import metadata
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from rn50 import errors
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -243,3 +247,42 @@ def installs(folder):
 def run_script(script, user=None, **environment):
     environment = {name: str(value) for name, value in environment.items()}
     return subprocess.run(["bash", script], env=environment, capture_output=True, text=True, timeout=60, user=user)
+
+
+def test_the_dockerfile_installs_what_setup_would_and_the_cuda_that_torch_has():
+    text = (ROOT / "Dockerfile").read_text()
+    base = re.search(r"^FROM nvidia/cuda:(\d+)\.[\d.]+-base-ubuntu24\.04$", text, re.M)
+    needs = " ".join(metadata.requires("torch"))
+    cuda = re.search(r"nvidia-\w+-cu(\d+)|cuda-toolkit\[[^]]*\]==(\d+)", needs)
+    if cuda:  # a build for CPUs names none
+        assert base[1] == (cuda[1] or cuda[2])[:2]
+    installed = set(re.search(r"--no-install-recommends \\\n(.*?) \\\n", text, re.S)[1].split())
+    version = re.search(r"PYTHON=/usr/bin/python(\d\.\d+) bash tools/setup.sh", text)[1]
+    assert SpecifierSet(PROJECT["requires-python"]).contains(version)
+    setup = (ROOT / "tools" / "setup.sh").read_text()
+    wanted = set(
+        re.findall(r"echo ([a-z][\w-]+)$", setup.partition("missing_packages()")[2].partition("\n}\n")[0], re.M)
+    )
+    wanted = {name for name in wanted if not name.startswith("python")} - {"libturbojpeg-dev"}
+    assert wanted <= installed
+    assert {f"python{version}{part}" for part in ("", "-dev", "-venv")} <= installed
+    assert "pip install" not in text  # versions come from requirements.lock by tools/setup.sh alone
+
+
+def test_sky_yaml_fits_skypilots_own_schema_and_uses_keys_that_there_are():
+    schema = json.loads((ROOT / "tests" / "data" / "skypilot_schema.json").read_text())
+    task = yaml.safe_load((ROOT / "tools" / "sky.yaml").read_text())
+    # SkyPilot turns numbers into text before it looks
+    task["envs"] = {name: None if value is None else str(value) for name, value in task["envs"].items()}
+    jsonschema.validate(task, schema["task"])
+    jsonschema.validate(task["resources"], schema["resources"])
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(task["resources"] | {"use_spots": True}, schema["resources"])
+    done = subprocess.run(["bash", "-n"], input=task["setup"] + task["run"], text=True, capture_output=True)
+    assert done.stderr == ""
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [errors.PLANNED["interrupted"]]
+    script = (ROOT / "train_imagenet.py").read_text()
+    for section, key in re.findall(r"--(\w+)\.(\w+)=", task["run"]):
+        assert f'Section("{section}"' in script
+        assert re.search(rf"\b{key}=Param", script)
+    assert (ROOT / task["envs"]["CONFIG"]).exists()

@@ -246,7 +246,8 @@ def test_wrong_usage_is_one_line_and_status_2(tree, tmp_path, flags, problem):
 
 def test_the_config_for_imagenet_is_valid(tree, tmp_path):
     file = ROOT / "rn50_configs" / "write_imagenet.yaml"
-    convert(tree, tmp_path, "--config-file", file, "--source.splits=val", "--source.subset=2", "--out.workers=1")
+    flags = ("--source.splits=val", "--source.counts=any", "--source.subset=2", "--out.workers=1")
+    convert(tree, tmp_path, "--config-file", file, *flags)
     assert {path.name for path in tmp_path.glob("*.beton")} == {"val_256.beton", "val_400.beton", "val_500.beton"}
 
 
@@ -358,7 +359,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues_when_there_is_room(long_t
 
 def job(tree, out, *rungs):
     cfg = SimpleNamespace(
-        source=SimpleNamespace(dir=str(tree), splits="train", subset=0, skip_corrupt=False),
+        source=SimpleNamespace(dir=str(tree), splits="train", subset=0, counts="auto", skip_corrupt=False),
         out=SimpleNamespace(dir=str(out), resolutions=list(rungs), quality=90, raw_share=0.0, workers=1, seed=0),
     )
     return write_dataset.plan(cfg, "train")
@@ -376,11 +377,12 @@ def test_the_preflight_refuses_what_does_not_fit(tree, tmp_path, monkeypatch, ca
 
 
 def test_the_estimate_is_near_the_truth(long_tree, long_result, tmp_path):
-    sizes, seconds = write_dataset.measure(job(long_tree, tmp_path, 200, 320))
+    sizes, seconds, staging = write_dataset.measure(job(long_tree, tmp_path, 200, 320))
     for rung, size in sizes.items():
         written = len(long_result[f"train_{rung}.beton"])
         assert written <= size + beton.PAGE_SIZE <= written + 4 * beton.PAGE_SIZE
     assert 0 < seconds < 1
+    assert staging == 0
 
 
 class SlowSource:

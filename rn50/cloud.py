@@ -1,0 +1,191 @@
+"""Where a run on EC2 keeps its things in S3, and what it has cost: what tools/ec2.py and tools/ec2_supervise.py share.
+
+s3://BUCKET/rn50/betons/                        what to train from
+s3://BUCKET/rn50/code/COMMIT.tar.gz             the tree at a commit
+s3://BUCKET/rn50/runs/RUN/launch.json           what was asked for
+s3://BUCKET/rn50/runs/RUN/instances/ID.json     an instance: price, since when, when last seen, what it does
+s3://BUCKET/rn50/runs/RUN/{last.pt, log.jsonl, status.json, console.log, ...}
+s3://BUCKET/rn50/runs/RUN/stop                  is there while the run is asked to stop
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+from rn50.errors import RunError, UsageError
+
+PREFIX = "rn50"
+BETONS, CODE, RUNS = f"{PREFIX}/betons", f"{PREFIX}/code", f"{PREFIX}/runs"
+# What is small goes along with every checkpoint.
+RECORDS = ("config.yaml", "environment.json", "log.jsonl", "status.json")
+CONSOLE, SETUP_LOG = "console.log", "rn50-bootstrap.log"
+# An instance's record is renewed every HEARTBEAT_SECONDS; one that is older than LOST_SECONDS counts as gone.
+HEARTBEAT_SECONDS, LOST_SECONDS = 60.0, 300.0
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+SMALL = 4 << 20  # bytes of console.log that are kept in S3
+
+
+def check_name(kind, value):
+    """UsageError unless `value` is safe in a key, a tag and a shell."""
+    if not NAME.fullmatch(value or ""):
+        raise UsageError(f"{kind} {value!r} must be letters, digits, dots, dashes and underscores")
+    return value
+
+
+class Store:
+    """The bucket's part that belongs to one run. client: boto3's for S3."""
+
+    def __init__(self, client, bucket, run):
+        self.client, self.bucket, self.run = client, bucket, run
+        self.prefix = f"{RUNS}/{run}"
+
+    def read(self, name):
+        """The JSON value of an object of the run, or None where there is none."""
+        data = self.read_bytes(name)
+        return None if data is None else json.loads(data)
+
+    def read_bytes(self, name):
+        try:
+            return self.client.get_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}")["Body"].read()
+        except self.client.exceptions.NoSuchKey:
+            return None
+
+    def write(self, name, value):
+        body = json.dumps(value, indent=1).encode()
+        self.client.put_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}", Body=body)
+
+    def keys(self, under=""):
+        """{name within the run: bytes}."""
+        return objects(self.client, self.bucket, f"{self.prefix}/{under}", strip=f"{self.prefix}/")
+
+    def instances(self):
+        """Records of the run's instances, oldest first."""
+        records = [self.read(name) for name in self.keys("instances/")]
+        return sorted((record for record in records if record), key=lambda record: record["started"])
+
+
+def objects(client, bucket, prefix, strip=""):
+    """{key without `strip`: bytes} of all objects under `prefix`."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return {entry["Key"].removeprefix(strip): entry["Size"] for page in pages for entry in page.get("Contents", [])}
+
+
+def dollars(records):
+    """What the instances of these records have cost, from their start to when they were last seen. Without storage."""
+    return sum(max(0.0, r["seen"] - r["started"]) / 3600 * r["dollars_per_hour"] for r in records)
+
+
+def training_command(record, *, python, betons, gpus):
+    """The command of a launch record's run, for the working directory of the tree."""
+    command = [python, "train_imagenet.py"]
+    if gpus > 1:
+        command = [python, "-m", "torch.distributed.run", f"--nproc_per_node={gpus}", "train_imagenet.py"]
+    command += ["--config-file", record["config"], *(f"--{setting}" for setting in record["settings"])]
+    command += [f"--data.dir={betons}", "--logging.folder=runs", f"--logging.run_name={record['run']}"]
+    command.append(f"--logging.mirror=s3://{record['bucket']}/{RUNS}")
+    command.append(f"--budget.max_dollars={record['budget']:g}")
+    command.append(f"--budget.dollars_per_hour={record['dollars_per_hour']:g}")
+    return command
+
+
+# --- Betons from S3 to a local disk ----------------------------------------------------------------------------------
+
+
+def wanted_betons(names, rung):
+    """Those of the files that a run needs: all sizes of val, and of train the one that its config names, or all."""
+    size = rung or r"\d+"
+    chosen = [name for name in names if re.fullmatch(rf"(val_\d+|train_{size})\.(beton|json)", name)]
+    missing = [
+        split for split in ("train", "val") if not any(n.startswith(split) and n.endswith(".beton") for n in chosen)
+    ]
+    if missing:
+        what = f"train_{rung}.beton" if rung and missing[0] == "train" else f"{missing[0]}_*.beton"
+        raise RunError(f"there is no {what} under {BETONS}/; upload what write_dataset.py made (docs/ec2.md)")
+    for name in chosen:
+        if name.endswith(".beton") and f"{name.removesuffix('.beton')}.json" not in chosen:
+            raise RunError(f"{name} has no manifest beside it under {BETONS}/; upload its .json too")
+    return sorted(chosen)
+
+
+def stage(client, bucket, folder, *, rung, say=print):
+    """Copy a run's betons to `folder`, each compared with its manifest's sha256 before it gets its name.
+
+    What is there already is not copied again. RunError where a file is damaged, missing or too large for the disk.
+    """
+    from boto3.s3.transfer import TransferConfig
+
+    sizes = objects(client, bucket, f"{BETONS}/", strip=f"{BETONS}/")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = wanted_betons(sizes, rung)
+    rest = [name for name in names if name.endswith(".beton") and not (folder / name).exists()]
+    needed, free = sum(sizes[name] for name in rest), shutil.disk_usage(folder).free
+    if needed * 1.02 > free:
+        raise RunError(f"the betons take {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB; choose data.rung")
+    transfer = TransferConfig(multipart_chunksize=64 << 20, max_concurrency=16)
+    for name in names:
+        if name.endswith(".json"):
+            client.download_file(bucket, f"{BETONS}/{name}", str(folder / name))
+    for name in rest:
+        manifest = json.loads((folder / f"{name.removesuffix('.beton')}.json").read_text())
+        partial, started = folder / f"{name}.partial", time.monotonic()
+        for attempt in (1, 2):
+            client.download_file(bucket, f"{BETONS}/{name}", str(partial), Config=transfer)
+            if _sha256(partial) == manifest["beton"]["sha256"]:
+                break
+            say(f"{name} arrived damaged{'; once more' if attempt == 1 else ''}")
+        else:
+            partial.unlink()
+            raise RunError(f"s3://{bucket}/{BETONS}/{name} is not what its manifest says; upload it again")
+        partial.rename(folder / name)
+        seconds = time.monotonic() - started
+        say(f"staged {name}: {sizes[name] / 1e6:.0f} MB in {seconds:.0f} s, checksum right")
+
+
+def _sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- What an instance reports ----------------------------------------------------------------------------------------
+
+
+class Reporter:
+    """Keeps the instance's record and the small files of its run in S3. What S3 refuses is said and tried again."""
+
+    def __init__(self, store, *, instance_id, dollars_per_hour, started, say=print):
+        self.store, self.say, self._sent = store, say, {}
+        self.record = {"instance_id": instance_id, "dollars_per_hour": dollars_per_hour, "started": started}
+
+    def beat(self, state, folder=None, *, files=(), **more):
+        """Renew the record; upload `files` and the run folder's small ones, if changed. Gives whether S3 took it."""
+        from boto3.exceptions import S3UploadFailedError
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        self.record |= {"state": state, "seen": time.time(), **more}
+        try:
+            self.store.write(f"instances/{self.record['instance_id']}.json", self.record)
+            for path in [*files, *(Path(folder) / name for name in (*RECORDS, CONSOLE) if folder)]:
+                self._send(path)
+            return True
+        except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as error:
+            self.say(f"warning: S3 does not take what this instance reports: {str(error).splitlines()[0]}")
+            return False
+
+    def _send(self, path):
+        with contextlib.suppress(FileNotFoundError):
+            found = os.stat(path)
+            mark = found.st_size, found.st_mtime_ns
+            if self._sent.get(path) != mark:
+                with open(path, "rb") as file:
+                    file.seek(max(0, found.st_size - SMALL))
+                    body = file.read(SMALL)
+                self.store.client.put_object(
+                    Bucket=self.store.bucket, Key=f"{self.store.prefix}/{path.name}", Body=body
+                )
+                self._sent[path] = mark

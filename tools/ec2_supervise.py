@@ -1,0 +1,214 @@
+"""What runs on the instance: copies the betons, trains, reports to S3, and switches the instance off at the end.
+
+    python tools/ec2_supervise.py stage    --betons DIR    # S3 to a local disk, with checksums
+    python tools/ec2_supervise.py train    --betons DIR    # under systemd, which starts it again after a failure
+    python tools/ec2_supervise.py give-up  --reason TEXT   # report a failure, and switch off
+
+tools/ec2_bootstrap.sh and the systemd units that it writes call it. RN50_BUCKET and RN50_RUN say which run; all else is
+in the run's launch.json. The instance was launched so that switching it off terminates it.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from rn50 import cloud, errors
+from rn50.errors import RunError, UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+POLL_SECONDS = float(os.environ.get("RN50_POLL_SECONDS", 5))
+# What saving and mirroring the last checkpoint may take after a stop was asked for.
+STOP_SECONDS = 150.0
+
+
+def main():
+    args = arguments()
+    store, reporter, record = connect()
+    if args.action == "stage":
+        reporter.beat("staging")
+        client = store.client
+        cloud.stage(client, store.bucket, args.betons, rung=rung_of(record), say=say)
+        reporter.beat("staged")
+    elif args.action == "train":
+        train(store, reporter, record, args.betons)
+    else:
+        folder = ROOT / "runs" / record["run"]
+        log = Path(f"{os.environ.get('RN50_PREFIX', '')}/var/log") / cloud.SETUP_LOG
+        end(reporter, folder if folder.exists() else None, "failed", args.reason, files=[log])
+
+
+def connect():
+    """The run's store, this instance's reporter, and the launch record."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    for name in ("RN50_BUCKET", "RN50_RUN", "RN50_INSTANCE"):
+        if not os.environ.get(name):
+            raise UsageError(f"{name} is not set: this runs on an instance that tools/ec2.py launched")
+    store = cloud.Store(boto3.client("s3"), os.environ["RN50_BUCKET"], os.environ["RN50_RUN"])
+    try:
+        record = store.read("launch.json")
+        before = store.read(f"instances/{os.environ['RN50_INSTANCE']}.json")
+    except (BotoCoreError, ClientError) as error:
+        raise RunError(f"cannot read s3://{store.bucket}/{store.prefix}: {error}") from None
+    if record is None:
+        raise RunError(f"there is no s3://{store.bucket}/{store.prefix}/launch.json")
+    reporter = cloud.Reporter(
+        store,
+        instance_id=os.environ["RN50_INSTANCE"],
+        dollars_per_hour=record["dollars_per_hour"],
+        started=before["started"] if before else time.time() - seconds_up(),
+        say=say,
+    )
+    return store, reporter, record
+
+
+def train(store, reporter, record, betons):
+    """One start of the training, watched until it ends; exit status 1 asks systemd for another one."""
+    folder = ROOT / "runs" / record["run"]
+    folder.mkdir(parents=True, exist_ok=True)
+    status = read_status(folder)
+    if status.get("status") in ("finished", "budget"):
+        return end(reporter, folder, status["status"], status["reason"])
+    command = cloud.training_command(record, python=sys.executable, betons=betons, gpus=count_gpus())
+    say(" ".join(command))
+    asked = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append("SIGTERM"))
+    with open(folder / cloud.CONSOLE, "ab") as console:
+        child = subprocess.Popen(command, cwd=ROOT, stdout=console, stderr=subprocess.STDOUT)
+    reporter.beat("training", folder)
+    why = watch(child, asked, store, reporter, record, folder)
+    status = read_status(folder)
+    say(f"training ended with {child.returncode}, {status or 'without a status'}; {why or 'nobody asked it to'}")
+    if status.get("status") in ("finished", "budget"):
+        return end(reporter, folder, status["status"], status["reason"])
+    if why == "SIGTERM":  # the instance is being switched off, or someone stops the service
+        reporter.beat("interrupted", folder, reason=status.get("reason", why))
+        return None
+    if why:
+        return end(reporter, folder, "budget" if why.startswith("budget") else "stopped", why)
+    if status.get("status") == "interrupted" and "rebalance" not in status["reason"]:
+        return end(reporter, folder, "interrupted", status["reason"])
+    if child.returncode == 2:
+        return end(reporter, folder, "failed", f"the command was refused: {last_line(folder)}")
+    # a crash, kill -9, or a recommendation to leave, which does not say that the instance is taken away
+    reporter.beat("failed", folder, reason=status.get("reason") or last_line(folder))
+    sys.exit(1)
+
+
+def watch(child, asked, store, reporter, record, folder):
+    """Wait for the training's end; gives why it was asked to stop, or None. It may stop itself at any time."""
+    why, beaten, moved, mark = None, time.monotonic(), time.monotonic(), None
+    while child.poll() is None:
+        time.sleep(POLL_SECONDS)
+        now = time.monotonic()
+        if (latest := activity(folder)) != mark:
+            mark, moved = latest, now
+        if why is None:
+            why = asked[0] if asked else None
+            if now - beaten >= min(cloud.HEARTBEAT_SECONDS, 12 * POLL_SECONDS):
+                beaten = now
+                reporter.beat("training", folder)
+                why = why or stop_reason(store, record, idle_minutes=(now - moved) / 60)
+            if why:
+                say(f"asking the training to stop: {why}")
+                child.send_signal(signal.SIGTERM)
+                stop_by = now + STOP_SECONDS
+        elif now > stop_by:
+            say("it did not stop in time")
+            child.kill()
+    return why
+
+
+def stop_reason(store, record, idle_minutes):
+    """Why the run should stop now, or None; S3 that does not answer is no reason."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    if idle_minutes > record["idle_minutes"]:
+        return f"idle: nothing written for {idle_minutes:.0f} minutes"
+    try:
+        if store.read_bytes("stop") is not None:
+            return "stop was asked for"
+        spent = cloud.dollars(store.instances())
+    except (BotoCoreError, ClientError, OSError) as error:
+        say(f"warning: cannot ask S3: {str(error).splitlines()[0]}")
+        return None
+    reserve = record["dollars_per_hour"] * STOP_SECONDS / 3600
+    if spent + reserve >= record["budget"]:
+        return f"budget: ${spent:.2f} of ${record['budget']:.2f} are spent, set-up included"
+    return None
+
+
+def end(reporter, folder, state, reason, files=()):
+    """Report how it ended, and switch off: the instance was launched to terminate then."""
+    say(f"{state}: {reason}; switching off")
+    for _ in range(3):
+        if reporter.beat(state, folder, files=files, reason=reason):
+            break
+        time.sleep(POLL_SECONDS)
+    subprocess.run(["shutdown", "-h", "now"], check=True)
+
+
+def read_status(folder):
+    try:
+        return json.loads((folder / "status.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def activity(folder):
+    """Changes whenever the run writes anything."""
+    return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(folder) if entry.is_file())
+
+
+def last_line(folder):
+    lines = (folder / cloud.CONSOLE).read_text(errors="replace").split("\n")
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def count_gpus():
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return 0
+    return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def rung_of(record):
+    """data.rung of the run: a size, or None where the ladder is needed."""
+    for setting in reversed(record["settings"]):
+        if setting.startswith("data.rung="):
+            value = setting.partition("=")[2]
+            return int(value) if value.isdigit() else None
+    config = yaml.safe_load((ROOT / record["config"]).read_text())
+    value = config.get("data", {}).get("rung")
+    return value if isinstance(value, int) else None
+
+
+def seconds_up():
+    """Seconds since the machine was started: they cost too."""
+    return float(Path("/proc/uptime").read_text().split()[0]) if not os.environ.get("RN50_PREFIX") else 0.0
+
+
+def say(message):
+    print(message, flush=True)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+    for name in ("stage", "train"):
+        actions.add_parser(name).add_argument("--betons", required=True, help="folder on a fast local disk")
+    actions.add_parser("give-up").add_argument("--reason", required=True)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    errors.run(main)
