@@ -25,13 +25,14 @@ import torch
 from fastargs import Param, Section
 from torch.nn.parallel import DistributedDataParallel
 
-from rn50 import checkpoint, config, distributed, errors, interruption, loaders, schedules
+from rn50 import budget, checkpoint, config, costs, distributed, errors, interruption, loaders, schedules
 from rn50.augment import color_jitter, jitter_factors, normalize
 from rn50.beton import fingerprint, refuse_others
 from rn50.config import choice, either, number, numbers, switch, text, whole
 from rn50.ema import EMA
 from rn50.errors import RunError, Stopped, UsageError
 from rn50.evaluate import evaluate, report_lines
+from rn50.forecast import forecast
 from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.mirror import Mirror
 from rn50.model import ARCHITECTURES, build_model
@@ -109,9 +110,18 @@ Section("logging", "Run folder").params(
     mirror=Param(text(), "s3://bucket/prefix that gets a copy of the run folder, to go on with on another machine"),
 )
 
+Section("budget", "Money").params(
+    max_dollars=Param(number(0), "the run writes a checkpoint and stops before it has cost more"),
+    dollars_per_hour=Param(number(0), "price of one machine"),
+    instance=Param(text(), "in place of dollars_per_hour: an EC2 type of rn50/data/costs.csv"),
+    spot=Param(switch(), "instance at the highest spot price seen, not on demand", default=False),
+    allow_overrun=Param(switch(), "begin also a schedule that is projected to cost more", default=False),
+)
+
 # What may differ when a run resumes: it changes where and how fast the run is, not what it computes.
 NOT_RECIPE = {"data.dir", "data.workers", "data.timeout_minutes", "training.device", "training.eval_only"}
 NOT_RECIPE |= {"training.checkpoint"}
+CONFIGS = Path(__file__).parent / "rn50_configs"
 RECIPE_SECTIONS = ("model", "training", "lr", "resolution", "data")
 # How long a finished run waits for room on a full disk, and one that fails for the checkpoint it is writing.
 DISK_PATIENCE, FAILURE_PATIENCE = 600.0, 30.0
@@ -171,6 +181,9 @@ def check(cfg):
         raise UsageError("training.nesterov needs training.momentum above 0")
     if training.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("training.device=cuda, but torch sees no GPU here; use auto or cpu")
+    price = budget.price(**prices(cfg))
+    if cfg.budget.max_dollars is not None and price is None:
+        raise UsageError("budget.max_dollars needs budget.dollars_per_hour or budget.instance")
     if training.checkpoint and not training.eval_only:
         raise UsageError("training.checkpoint is for training.eval_only=true; a run resumes from its own folder")
 
@@ -208,6 +221,7 @@ class Run:
     progress: Progress
     checkpoints: checkpoint.Writer | None = None
     mirror: Mirror | None = None
+    meter: budget.Meter | None = None  # on rank 0, where there is a price
 
     def warn(self, message):
         self.say(f"warning: {message}")
@@ -310,7 +324,9 @@ def fit(run):
                 row |= evaluate_at(run, cfg.validation.headline_resolution, flip)[cfg.validation.headline_view]
             row["val_seconds"] = round(time.perf_counter() - started, 3)
             progress.next_epoch()
+            run.finite.skipped.zero_()  # not before: the checkpoint that comes before the evaluation counts them too
             if log:
+                row |= money(run, row) | {"forecast": outlook(run, row)}
                 log.add_epoch(row)
                 say_epoch(run, row)
             if last:
@@ -319,7 +335,8 @@ def fit(run):
     except Stopped as stop:
         if run.rank == 0 and run.checkpoints.step != progress.step:
             save(run)
-        run.say(f"stopping at step {progress.step}: {stop}; the same command goes on from there")
+        command = "the same command" + (" with a larger budget.max_dollars" if stop.status == "budget" else "")
+        run.say(f"stopping at step {progress.step}: {stop}; {command} goes on from there")
         if run.checkpoints:
             run.checkpoints.finish(interruption.STOP_SECONDS)
         raise
@@ -348,6 +365,7 @@ def begin(run):
             f"after epoch {progress.epoch} of {cfg.training.epochs} and {progress.epoch_step} steps"
         )
     announce(run)
+    guard_money(run)
     if run.rank != 0:
         return None
     run.checkpoints = checkpoint.Writer(run.folder, step=progress.step, warn=run.warn, mirror=run.mirror)
@@ -368,7 +386,8 @@ def stop_if_asked(run, in_a_row=0):
 
     in_a_row: how many steps in a row were left out, as far as this rank knows.
     """
-    asked, in_a_row = distributed.agree(int(interruption.reason() is not None), in_a_row)
+    spent = run.meter is not None and run.meter.spent()
+    asked, spent, in_a_row = distributed.agree(int(interruption.reason() is not None), int(spent), in_a_row)
     if in_a_row >= run.finite.LIMIT:
         raise RunError(
             f"the loss or its gradient was not finite in {in_a_row} steps in a row, up to step {run.progress.step}: "
@@ -376,11 +395,18 @@ def stop_if_asked(run, in_a_row=0):
         )
     if asked:
         raise Stopped(interruption.reason() or "another rank was asked to stop")
+    if spent:
+        raise Stopped(
+            f"budget.max_dollars={run.cfg.budget.max_dollars:g} is spent but for what stopping costs", "budget"
+        )
 
 
 def save(run, *, last=False):
     """Have a checkpoint written, unless the newest steps were left out: what comes of that is not known yet."""
     if run.rank == 0 and (last or not run.finite.in_a_row.item()):
+        if run.meter:
+            run.progress.dollars = run.meter.dollars
+            run.meter.write()
         run.checkpoints.put(state(run))
 
 
@@ -399,7 +425,6 @@ def train_one_epoch(run):
     if progress.epoch_step < steps:
         train_steps(run, side, resolution, steps)
     images, skipped = steps * training.batch_size, run.finite.skipped.item()
-    run.finite.skipped.zero_()
     return {
         "epoch": epoch,
         "step": progress.step,
@@ -477,18 +502,153 @@ def status_line(run, rate):
     loss = float(progress.loss_sum) / max(1, progress.epoch_step - run.finite.skipped.item())
     speed = progress.epoch_step * run.cfg.training.batch_size / progress.epoch_seconds
     waiting = progress.waiting_seconds / progress.epoch_seconds
-    return f"loss {loss:.3f}, lr {rate:.4f}, {speed:.0f} img/s, {waiting:.0%} waiting"
+    paid = f", {money_words(run)}" if run.meter else ""
+    return f"loss {loss:.3f}, lr {rate:.4f}, {speed:.0f} img/s, {waiting:.0%} waiting{paid}"
 
 
 def say_epoch(run, row):
     accuracy = f"  top-1 {row['top1']:.2f} %" if "top1" in row else ""
+    expected = row["forecast"]["top1"]
+    if expected is not None and row["epoch"] + 1 < run.cfg.training.epochs:
+        accuracy += f" (at the end {expected:.1f} at {row['forecast']['evaluation']})"
     run.say(
         f"epoch {row['epoch'] + 1}/{run.cfg.training.epochs}  {row['resolution']} px  loss {row['train_loss']:.3f}"
         f"{accuracy}  {row['images_per_second']:.0f} img/s  {row['data_wait_fraction']:.0%} waiting for data  "
-        f"{row['train_seconds']:.0f} s"
+        f"{row['train_seconds']:.0f} s" + (f"  {money_words(run)}" if run.meter else "")
     )
     if row["skipped_steps"]:
         run.warn(f"{row['skipped_steps']} steps of it were left out: their loss or gradient was not finite")
+
+
+def prices(cfg):
+    return {key: getattr(cfg.budget, key) for key in ("dollars_per_hour", "instance", "spot")}
+
+
+def guard_money(run):
+    """Start the meter where there is a price; refuse a schedule that is projected to cost more than there is."""
+    cfg, price = run.cfg, budget.price(**prices(run.cfg))
+    if price is None:
+        return
+    refusal = None
+    if run.rank == 0:
+        machines = -(-run.world_size // distributed.ranks_on_this_node())
+        run.meter = budget.Meter(
+            run.folder,
+            dollars_per_hour=price * machines,
+            max_dollars=cfg.budget.max_dollars,
+            before=run.progress.dollars,
+        )
+        if cfg.budget.max_dollars is not None and not run.meter.spent():
+            refusal = overrun(run)
+    refusal = distributed.from_rank_0(refusal)
+    if refusal and not cfg.budget.allow_overrun:
+        raise UsageError(f"{refusal}; budget.allow_overrun=true begins it nevertheless and stops at the limit")
+    if refusal:
+        run.warn(refusal)
+
+
+def overrun(run):
+    """Why the rest of the schedule is projected to cost more than is left, or None."""
+    limit, spent, seconds = run.cfg.budget.max_dollars, run.meter.dollars, seconds_to_finish(run)
+    if seconds is not None:
+        needed, basis = run.meter.cost(seconds), "at the pace of this run so far"
+    else:
+        machine = {key: getattr(run.cfg.budget, key) for key in ("instance", "spot")} | machine_here(run)
+        projected = run.cfg.model.arch == "resnet50" and budget.projected_hours(planned(run), **machine)
+        if not projected:
+            run.say("nothing is known of this network's speed on this machine: what it will cost is said as it goes")
+            return None
+        needed, basis = run.meter.cost(3600 * projected[0]), f"projected from published speeds, +-{projected[1]:.0%}"
+    if spent + needed + run.meter.cost(budget.STOP_SECONDS) <= limit:
+        return None
+    message = f"budget.max_dollars={limit:g} is less than ${spent:.2f} spent and ${needed:.2f} to finish ({basis})"
+    if seconds is None:
+        recipes = [costs.read_recipe(CONFIGS / f"{name}.yaml") for name in costs.read_table().recipe]
+        fits = budget.largest_that_fits(
+            recipes,
+            lambda recipe: budget.projected_hours(recipe, **machine)[0],
+            run.meter.dollars_per_hour,
+            limit - spent,
+        )
+        message += f"; the largest recipe that fits: {fits[0]}, ${fits[1]:.2f}" if fits else "; no recipe fits"
+    return message
+
+
+def machine_here(run):
+    info, val = run.train.rungs[max(run.train.rungs)], run.val.rungs[max(run.val.rungs)]
+    return {
+        "images": info.num_samples,
+        "validation_images": val.num_samples,
+        "gpu_name": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None,
+        "gpus": run.world_size,
+        "vcpus": distributed.cores(),
+        "memory_gib": loaders.memory_bytes() / 2**30,
+    }
+
+
+def planned(run):
+    """The run as the cost model sees it."""
+    cfg, validation = run.cfg, run.cfg.validation
+    return costs.recipe(
+        name=cfg.logging.run_name,
+        epochs=cfg.training.epochs,
+        micro_batch=cfg.training.micro_batch,
+        resolution=vars(cfg.resolution),
+        rung=loaders.training_rung(run.train.rungs, cfg.resolution.end, cfg.data.rung),
+        resolutions=validation.resolutions,
+        headline_resolution=validation.headline_resolution,
+        headline_view=validation.headline_view,
+        every=validation.every,
+    )
+
+
+def seconds_to_finish(run, rows=None):
+    """At the measured pace; None before the first step. rows: the log, where it is not progress.rows."""
+    cfg, progress, validation = run.cfg, run.progress, run.cfg.validation
+    epochs, one = cfg.training.epochs, (validation.headline_resolution, 1 + (validation.headline_view == "flip"))
+    evaluations = [[one] if (epoch + 1) % validation.every == 0 else [] for epoch in range(epochs - 1)]
+    return budget.seconds_to_finish(
+        resolutions=[epoch_resolution(cfg, epoch) for epoch in range(epochs)],
+        evaluations=[*evaluations, [(px, 2) for px in validation.resolutions]],
+        rows=progress.rows if rows is None else rows,
+        epoch=progress.epoch,
+        epoch_share=progress.epoch_step / progress.epoch_steps,
+        epoch_seconds=progress.epoch_seconds,
+        images=run.train.rungs[max(run.train.rungs)].num_samples,
+        validation_images=run.val.rungs[max(run.val.rungs)].num_samples,
+    )
+
+
+def outlook(run, row):
+    """The forecast after an epoch's `row`; says what was not said after the one before."""
+    rows, classes = run.progress.rows, run.train.rungs[max(run.train.rungs)].num_classes
+    found = forecast([*rows, row], config.to_dict(run.cfg), classes=classes)
+    said = (rows[-1].get("forecast") or {}).get("warnings", []) if rows else []
+    for warning in found["warnings"]:
+        if warning["cause"] not in [earlier["cause"] for earlier in said]:
+            run.warn(f"{warning['cause']}: {warning['text']}")
+    return found
+
+
+def money(run, row):
+    """The columns of an epoch's `row` that a price adds."""
+    if not run.meter:
+        return {"dollars": None}
+    seconds = seconds_to_finish(run, [*run.progress.rows, row])
+    return {
+        "dollars": round(run.meter.dollars, 4),
+        "dollars_epoch": round(run.meter.cost(row["train_seconds"] + row["val_seconds"]), 4),
+        "dollars_to_finish": round(run.meter.cost(seconds), 4),
+        "finish_time": round(time.time() + seconds),
+    }
+
+
+def money_words(run):
+    seconds = seconds_to_finish(run)
+    if seconds is None:
+        return f"${run.meter.dollars:.2f}"
+    finish = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
+    return f"${run.meter.dollars:.2f} spent, ${run.meter.cost(seconds):.2f} to finish, {finish}"
 
 
 def jitter(cfg, images, samples, epoch):
@@ -562,7 +722,12 @@ def state(run):
 def restore(run, saved):
     """Continue where a checkpoint of the same recipe and data was written."""
     config.refuse_change(
-        saved["config"], config.to_dict(run.cfg), sections=RECIPE_SECTIONS, free=NOT_RECIPE, folder=run.folder
+        saved["config"],
+        config.to_dict(run.cfg),
+        sections=RECIPE_SECTIONS,
+        free=NOT_RECIPE,
+        folder=run.folder,
+        defaults=config.defaults(),
     )
     refuse_others(saved["betons"], run.betons, f"which the run in {run.folder} was started with")
     restore_weights(run, saved)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from rn50 import interruption
-from rn50.errors import RunError
+from rn50.errors import RunError, Stopped
 
 FORMAT = 2
 LAST, PREVIOUS, PARTIAL = "last.pt", "previous.pt", "last.pt.partial"
@@ -156,7 +156,8 @@ class Writer:
     def finish(self, patience, *, required=False):
         """Wait for the disk and then the mirror: `patience` seconds each, or as long as a requested stop allows.
 
-        What is not written by then is said; it is a RunError where it is `required` and nobody asked to stop.
+        What is not written by then is said. Where it is `required`, a run that lacks it has not finished: Stopped, or
+        RunError if nobody asked to stop.
         """
         if not wait_until(self._changed, lambda: self._latest is None, patience):
             message = (
@@ -165,6 +166,8 @@ class Writer:
             if required and not interruption.reason():
                 raise RunError(f"{message}; make room and repeat the command")
             self._warn(f"{message}; the steps since the one before it will be repeated")
+            if required:
+                raise Stopped(interruption.reason())
         elif self._mirror and not self._mirror.wait(min(patience, MIRROR_PATIENCE)):
             self._warn(f"{self._mirror.url} does not have the checkpoint of step {self.step}")
 

@@ -156,14 +156,27 @@ def to_dict(namespace):
     }
 
 
-def refuse_change(saved, current, *, sections, free, folder):
-    """UsageError naming the first key of `sections`, except those in `free`, in which two nested dicts differ."""
+def defaults():
+    """The nested dict of the declared keys that have a default."""
+    values = {}
+    for (section, *key), param in get_current_config().entries.items():
+        if param.default is not None:
+            values.setdefault(section, {})[".".join(key)] = param.checker.check(param.default)
+    return values
+
+
+def refuse_change(saved, current, *, sections, free, folder, defaults):
+    """UsageError naming the first key of `sections`, except those in `free`, in which two nested dicts differ.
+
+    defaults: a nested dict of what a key is worth that did not exist yet when `saved` was.
+    """
     for section in sections:
-        for key in {**saved[section], **current[section]}:
+        before = {**defaults.get(section, {}), **saved.get(section, {})}
+        for key in {**before, **current[section]}:
             name, value = f"{section}.{key}", current[section].get(key)
-            if name not in free and saved[section].get(key) != value:
+            if name not in free and before.get(key) != value:
                 raise UsageError(
-                    f"{name} is {value} but the run in {folder} was started with {saved[section].get(key)}; "
+                    f"{name} is {value} but the run in {folder} was started with {before.get(key)}; "
                     "restore it, or choose another logging.run_name"
                 )
 

@@ -13,7 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import NormalDist, geometric_mean, mean, median
 
+import yaml
+
 from rn50 import schedules
+from rn50.errors import RunError, UsageError
 
 TABLE = Path(__file__).parent / "data" / "costs.csv"
 LOADER_BENCHMARK = Path(__file__).parents[1] / "docs" / "results" / "benchmark_loader" / "160px_1thread.json"
@@ -244,6 +247,28 @@ def recipe(*, name, epochs, micro_batch, resolution, rung, resolutions, headline
     )
 
 
+def read_recipe(path):
+    """A recipe's file as a Recipe. The files spell these keys out, so that no default is kept in two places."""
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        validation = config["validation"]
+        return recipe(
+            name=path.stem,
+            epochs=config["training"]["epochs"],
+            micro_batch=config["training"]["micro_batch"],
+            resolution=config["resolution"],
+            rung=config["data"]["rung"],
+            resolutions=validation["resolutions"],
+            headline_resolution=validation["headline_resolution"],
+            headline_view=validation["headline_view"],
+            every=validation["every"],
+        )
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    except KeyError as error:
+        raise UsageError(f"{path} does not give {error.args[0]}, which its time depends on") from None
+
+
 @dataclass(frozen=True)
 class Machine:
     """A row of the instance table, or what preflight measured.
@@ -397,7 +422,8 @@ def expected_top1(table, family, epochs):
         factors = math.log(epochs / lengths[-1])
         top1 = points[lengths[-1]] + gain_per_factor_e(table) * factors
         variance += (table.value("gain_sd") * factors) ** 2
-        basis = f"projected from published {points[lengths[-1]]:g} % after {lengths[-1]:g} epochs ({rows[0]['note']})"
+        basis = f"projected from published {points[lengths[-1]]:g} % after {lengths[-1]:g} epochs ({rows[0]['note']}"
+        basis += f"; {rows[-1]['source']})"
     else:
         after = next(length for length in lengths if length > epochs)
         before = max((length for length in lengths if length < epochs), default=None)

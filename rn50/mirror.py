@@ -1,5 +1,6 @@
 """A copy of a run's folder in S3, so that another machine can go on with the run."""
 
+import os
 import threading
 from pathlib import Path
 
@@ -59,7 +60,11 @@ class Mirror:
             step = self._step()
             if step is None or (later_than is not None and step <= later_than):
                 return False
-            self._s3.download_file(self._bucket, self._key(LAST), str(into), Config=self._transfer)
+            # by name, boto3 would leave a partial file of its own behind when it is killed
+            with open(into, "wb") as file:
+                self._s3.download_fileobj(self._bucket, self._key(LAST), file, Config=self._transfer)
+                file.flush()
+                os.fsync(file.fileno())
             return True
         except self._errors as error:
             if later_than is None:
@@ -128,9 +133,10 @@ class Mirror:
         try:
             found = self._s3.head_object(Bucket=self._bucket, Key=self._key(LAST))
         except self._client_error as error:
-            if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
-                return None
-            raise
+            if error.response["Error"]["Code"] not in ("404", "NoSuchKey"):
+                raise
+            self._s3.head_bucket(Bucket=self._bucket)  # a bucket that is not there is an error: it may be misspelt
+            return None
         return int(found["Metadata"].get("step", 0))
 
     def _key(self, name):

@@ -25,6 +25,7 @@ class Progress:
     step: int = 0
     images_seen: int = 0
     seconds: float = 0.0
+    dollars: float = 0.0
     rows: list = field(default_factory=list)  # of the log
     # of the epoch that is not done
     loss_sum: torch.Tensor | float = 0.0

@@ -51,8 +51,8 @@ def make_folder(folder):
 def write_status(folder, *, status, reason, step, epoch):
     """How the last command in this folder ended: folder/status.json, written as a whole.
 
-    status: `finished`, `interrupted` or `failed`. step, epoch: optimizer steps and whole epochs that were done.
-    Nothing is written, and nothing raised, where there is no such folder or it cannot be written.
+    status: `finished`, `interrupted`, `budget` or `failed`. step, epoch: optimizer steps and whole epochs that were
+    done. Nothing is written, and nothing raised, where there is no such folder or it cannot be written.
     """
     content = {"status": status, "reason": reason, "step": step, "epoch": epoch, "time": time.time()}
     if Path(folder).is_dir():
@@ -123,8 +123,11 @@ class RunLog:
         self._add_events(row)
 
     def close(self):
-        """Call it when the disk has room: no later row will make up for one that it did not take."""
-        self._write_rows()
+        """Write the rows once more: no later one will make up for one that was refused. RunError if this is, too."""
+        if not self._write_rows():
+            raise RunError(
+                f"the last rows of {self.folder}/log.jsonl cannot be written; make room and repeat the command"
+            )
         self._try(lambda: self.events and self.events.close())
 
     def _open_events(self, folder, purge_step):
@@ -142,10 +145,10 @@ class RunLog:
             self.events = None  # its thread has ended; the log has it all
 
     def _write_rows(self):
-        self._write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
+        return self._write("log.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def _write(self, name, content):
-        self._try(lambda: write_atomically(self.folder / name, content))
+        return self._try(lambda: write_atomically(self.folder / name, content))
 
     def _try(self, action):
         try:
@@ -178,7 +181,7 @@ def describe_environment(*, device, world_size, betons):
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cuda": torch.version.cuda,
         "world_size": world_size,
         "torch_threads": torch.get_num_threads(),
@@ -218,7 +221,8 @@ def _version(package):
         return None
 
 
-def _processor():
+def processor():
+    """The processor's name, as the system says it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

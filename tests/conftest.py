@@ -1,5 +1,6 @@
 """A small image set and its betons, made once for all tests that read some."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +74,15 @@ def browser():
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
     yield driver
     driver.quit()
+
+
+def pytest_sessionfinish(session, exitstatus):
+    session.config.exit_status = int(exitstatus)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """End without the interpreter's clean-up: numba's threads have been seen to hang it for ever, as in errors.run."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(getattr(config, "exit_status", pytest.ExitCode.INTERNAL_ERROR))

@@ -8,11 +8,11 @@ import pytest
 from tests.conftest import ROOT
 
 
-# Seen once each in about ten runs: a gap in the log (one rank), a different result (two); neither is explained yet.
-@pytest.mark.xfail(reason="one run in several ends with a gap in its log", strict=False)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_fault_leaves_the_weights_and_the_log_of_an_undisturbed_run(ranks, tmp_path):
     command = [sys.executable, ROOT / "tools" / "chaos.py", "--short", f"--ranks={ranks}", f"--out={tmp_path}"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "| kill -9 while a checkpoint is mirrored" in (tmp_path / "README.md").read_text()
+    table = (tmp_path / "README.md").read_text()
+    assert table.count(" | identical |") == 13 + (ranks > 1)
+    assert "| kill -9 while a checkpoint is mirrored" in table

@@ -5,13 +5,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 import torch
 
-from rn50 import checkpoint
-from rn50.errors import RunError
+from rn50 import checkpoint, interruption
+from rn50.errors import RunError, Stopped
 
 WRITER = """
 import sys, torch
@@ -109,3 +110,59 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path):
         signal.signal(signal.SIGXFSZ, old)
     assert checkpoint.newest(tmp_path, warn=pytest.fail)["number"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt"]
+
+
+def test_the_writer_never_waits_and_a_newer_snapshot_replaces_one_that_waits(tmp_path, monkeypatch):
+    saved, go = [], threading.Event()
+    save = checkpoint.save
+
+    def slow_disk(folder, state):
+        go.wait(30)
+        saved.append(state["step"])
+        save(folder, state)
+
+    monkeypatch.setattr(checkpoint, "save", slow_disk)
+    writer, tensor = checkpoint.Writer(tmp_path, step=0, warn=pytest.fail), torch.zeros(4)
+    assert not writer.due(1, steps=2, minutes=10)
+    assert writer.due(2, steps=2, minutes=10)
+    for step in (1, 2, 3, 4):
+        tensor.fill_(step)
+        writer.put({"step": step, "tensor": tensor})
+        if step == 1:
+            assert not writer.due(9, steps=1, minutes=10)  # the disk has not even begun
+            time.sleep(0.1)
+    tensor.fill_(99)  # training goes on while it is written
+    go.set()
+    writer.finish(30, required=True)
+    assert saved == [1, 4]
+    assert checkpoint.load(tmp_path / "last.pt")["tensor"].tolist() == [4.0] * 4
+    assert writer.due(9, steps=1, minutes=10)
+
+
+def test_a_full_disk_is_said_once_tried_again_and_never_damages_what_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "RETRY_SECONDS", 0.05)
+    warnings, limits = [], resource.getrlimit(resource.RLIMIT_FSIZE)
+    writer = checkpoint.Writer(tmp_path, step=0, warn=warnings.append)
+    state = {"tensor": torch.zeros(1_000_000)}
+    writer.put({"step": 1, **state})
+    writer.finish(30, required=True)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        writer.put({"step": 2, **state})
+        while not warnings:
+            time.sleep(0.01)
+        time.sleep(0.3)  # several tries
+        with pytest.raises(RunError, match=r"step 2 could not be written .*make room and repeat"):
+            writer.finish(0.1, required=True)
+        assert checkpoint.load(tmp_path / "last.pt")["step"] == 1
+        assert len(warnings) == 1
+        assert "training goes on, and this is tried again" in warnings[0]
+        monkeypatch.setattr(interruption, "_asked", ("SIGTERM", time.monotonic() - 100))
+        with pytest.raises(Stopped, match="SIGTERM"):  # not finished, although all steps are done
+            writer.finish(1, required=True)
+        monkeypatch.setattr(interruption, "_asked", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.finish(30, required=True)
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
+    assert "are written to" in warnings[-1]

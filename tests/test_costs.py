@@ -9,12 +9,11 @@ import pytest
 
 from rn50 import costs
 from tests.conftest import ROOT
-from tools.plan_run import read_recipe
 
 TABLE = costs.read_table()
 SPEEDS = costs.fit(TABLE)
 LOADER = costs.loader_rates(TABLE)
-RECIPES = {name: read_recipe(ROOT / "rn50_configs" / f"{name}.yaml") for name in TABLE.recipe}
+RECIPES = {name: costs.read_recipe(ROOT / "rn50_configs" / f"{name}.yaml") for name in TABLE.recipe}
 MACHINES = {machine.name: machine for machine in costs.machines(TABLE, spot=False)}
 
 

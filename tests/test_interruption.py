@@ -118,7 +118,8 @@ def test_the_limits_are_those_that_were_promised():
 
 
 def test_released_signals_end_the_process_again():
-    with program("interruption.release_signals(); time.sleep(1000)") as process:
+    with program("interruption.release_signals(); print('released', flush=True); time.sleep(1000)") as process:
+        assert process.stdout.readline() == "released\n"
         process.send_signal(signal.SIGTERM)
         assert ended(process)[0] == -signal.SIGTERM
 

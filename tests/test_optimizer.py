@@ -1,10 +1,11 @@
 """What decays and what does not, and the update rule itself."""
 
+import pytest
 import torch
 from torch import nn
 
 from rn50.model import build_model
-from rn50.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from rn50.optimizer import FiniteSteps, build_optimizer, parameter_groups, set_learning_rate
 
 
 def test_only_convolution_and_linear_weights_decay():
@@ -44,3 +45,41 @@ def test_two_steps_equal_sgd_with_momentum_and_coupled_decay():
         weight, bias = weight - rate * velocity_w, bias - rate * velocity_b
     torch.testing.assert_close(layer.weight.detach(), weight)
     torch.testing.assert_close(layer.bias.detach(), bias)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+@pytest.mark.parametrize("bad", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_leaves_everything_as_it_was(enabled, bad):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    optimizer = build_optimizer(network, momentum=0.9, nesterov=False, weight_decay=0.01, decay="weights")
+    set_learning_rate(optimizer, 0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=16.0)
+    finite = FiniteSteps(network, optimizer, scaler)
+    finite.remember()
+
+    def step(spoil):
+        loss = network(torch.randn(5, 3)).square().mean()
+        scaler.scale(loss).backward()
+        if spoil:
+            network[1].running_var.fill_(float("inf"))
+            network[0].weight.grad[0, 0] = float("nan")
+        result = finite.step(torch.tensor(float("inf")) if spoil and bad == "loss" else loss.detach())
+        optimizer.zero_grad()
+        return result.item()
+
+    def everything():
+        tensors = [*network.parameters(), network[1].running_mean, network[1].running_var]
+        return [x.detach().clone() for x in tensors] + [s["momentum_buffer"].clone() for s in optimizer.state.values()]
+
+    assert step(False) > 0
+    before = everything()
+    assert [step(True), step(True)] == [0, 0]
+    assert all(torch.equal(one, other) for one, other in zip(everything(), before, strict=True))
+    assert (finite.skipped.item(), finite.in_a_row.item()) == (2, 2)
+    assert step(False) > 0
+    assert (finite.skipped.item(), finite.in_a_row.item()) == (2, 0)
+    assert not any(torch.equal(one, other) for one, other in zip(everything(), before, strict=True))
+    again = FiniteSteps(network, optimizer, scaler)
+    again.load_state_dict(finite.state_dict())
+    assert (again.skipped.item(), again.in_a_row.item()) == (2, 0)

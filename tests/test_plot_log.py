@@ -1,6 +1,5 @@
 """tools/plot_log.py: what it draws, what it passes over and what it refuses."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -10,16 +9,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from rn50 import plots
+
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "plot_log.py"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def plot_log():
-    spec = importlib.util.spec_from_file_location("plot_log", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return plots
 
 
 def write_run(folder, epochs=4, **changed):
@@ -64,8 +62,8 @@ def test_every_panel_shows_the_values_of_every_run(tmp_path, plot_log):
     logs = [plot_log.read_log(write_run(tmp_path / name, epochs=n))[0] for name, n in (("a", 4), ("b", 6))]
     figure = plot_log.draw(logs, ["a", "b"])
     panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
-    assert list(panels) == list(plot_log.PANELS)
-    assert [len(axis.lines) for axis in panels.values()] == [4, 4, 2, 2]
+    assert set(panels) == {*plot_log.PANELS, *plot_log.COSTS}
+    assert [len(panels[title].lines) for title in plot_log.PANELS] == [4, 4, 2, 2]
     top1 = panels["Accuracy (%)"].lines[0]
     assert list(top1.get_xdata()) == [1, 3]
     assert list(top1.get_ydata()) == [20.0, 60.0]
@@ -80,7 +78,52 @@ def test_every_panel_shows_the_values_of_every_run(tmp_path, plot_log):
 def test_a_key_that_is_always_null_leaves_its_panel_labelled_empty(tmp_path, plot_log):
     rows, _ = plot_log.read_log(write_run(tmp_path / "run", top1=None, top5=None))
     figure = plot_log.draw([rows], ["run"])
-    assert [text.get_text() for text in figure.axes[1].texts] == ["not in the log"]
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    for title in ("Accuracy (%)", *plot_log.COSTS):
+        assert [text.get_text() for text in panels[title].texts] == ["not in the log"]
+    plot_log.plt.close(figure)
+
+
+def test_top1_is_drawn_against_hours_and_dollars(tmp_path, plot_log):
+    rows, _ = plot_log.read_log(write_run(tmp_path / "run"))
+    rows = [{**row, "elapsed_seconds": 3000 * (row["epoch"] + 1), "val_seconds": 600, "dollars": 1.5} for row in rows]
+    rows[-1]["dollars"] = 7.5
+    figure = plot_log.draw([rows], ["run"])
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    (hours,), (dollars,) = (panels[title].lines for title in plot_log.COSTS)
+    assert list(hours.get_xdata()) == [2.0, 4.0]
+    assert list(dollars.get_xdata()) == [1.5, 7.5]
+    assert list(hours.get_ydata()) == list(dollars.get_ydata()) == [20.0, 60.0]
+    plot_log.plt.close(figure)
+
+
+def test_published_curves_are_behind_runs_on_imagenet_only(tmp_path, plot_log):
+    rows, _ = plot_log.read_log(write_run(tmp_path / "run", elapsed_seconds=3600, images=50000))
+    for images, curves in ((50000, 6), (3925, 0)):
+        figure = plot_log.draw([[{**row, "images": images} for row in rows]], ["run"])
+        panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+        assert len(panels["Top-1 (%) against hours"].lines) == 1 + curves
+        assert len(panels["Accuracy (%)"].lines) == 2 + curves
+        assert len(panels["Loss"].lines) == 2
+        assert len(figure.legends[0].get_texts()) == 1 + bool(curves)
+        plot_log.plt.close(figure)
+    longest = plot_log.published()[-1]
+    assert longest["top1"][-1] == pytest.approx(78.43, abs=0.01)
+    assert 1.2 < longest["hours"][-1] < 1.4  # 77 minutes
+    assert longest["dollars"][-1] == pytest.approx(longest["hours"][-1] * 21.957642)
+
+
+def test_the_forecast_is_a_line_and_its_warning_is_on_top(tmp_path, plot_log):
+    rows, _ = plot_log.read_log(write_run(tmp_path / "run"))
+    text = "the learning rate rose from 0.1 to 1.7 in epoch 3"
+    for row in rows:
+        row["forecast"] = {"top1": 70.0 + row["epoch"], "warnings": []}
+    rows[-1]["forecast"] = {"top1": None, "warnings": [{"cause": "warm restart", "text": text}]}
+    figure = plot_log.draw([rows], ["run"])
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    forecasts = panels["Accuracy (%)"].lines[-1]
+    assert (list(forecasts.get_xdata()), list(forecasts.get_ydata())) == ([0, 1, 2], [70.0, 71.0, 72.0])
+    assert figure.get_suptitle() == f"run: {text}"
     plot_log.plt.close(figure)
 
 

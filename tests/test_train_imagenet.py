@@ -2,12 +2,15 @@
 
 import copy
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +23,7 @@ from rn50 import checkpoint, config
 from rn50.errors import UsageError
 from rn50.run_log import read_rows
 from tests.conftest import ROOT
+from tools import chaos
 
 SMALL = {
     "model.arch": "resnet18",
@@ -148,6 +152,18 @@ def test_a_changed_recipe_refuses_to_resume_and_names_the_key(finished, betons):
     assert_refused(result, 2, "lr.lr_per_256 is 0.03", "started with 0.1", "logging.run_name")
 
 
+def test_changed_betons_refuse_to_resume_and_are_named(finished, betons, textures, tmp_path):
+    shutil.copytree(betons, tmp_path / "betons")
+    flags = [f"--source.dir={textures}", f"--out.dir={tmp_path / 'betons'}", "--out.resolutions=64", "--out.quality=70"]
+    for old in (tmp_path / "betons").glob("val_64.*"):
+        old.unlink()
+    subprocess.run(
+        [sys.executable, ROOT / "write_dataset.py", *flags, "--source.splits=val"], check=True, capture_output=True
+    )
+    result = run(tmp_path / "betons", finished.folder, model__ema_half_life=5)
+    assert_refused(result, 1, "val_64.beton", str(finished.run))
+
+
 def test_what_only_moves_a_run_may_change(finished):
     saved = finished.killed_with["config"]
     current = copy.deepcopy(saved)
@@ -158,8 +174,12 @@ def test_what_only_moves_a_run_may_change(finished):
         sections=train_imagenet.RECIPE_SECTIONS,
         free=train_imagenet.NOT_RECIPE,
         folder=finished.run,
+        defaults={"model": {"blurpool": False}},
     )
     refuse(saved, current)
+    older = copy.deepcopy(saved)
+    del older["model"]["blurpool"]
+    refuse(older, current)  # saved before there was this key
     for section, key, value in (
         ("model", "blurpool", True),
         ("training", "seed", 9),
@@ -172,34 +192,110 @@ def test_what_only_moves_a_run_may_change(finished):
             refuse(saved, changed)
 
 
-def test_two_ranks_evaluate_every_image_once_and_share_the_batch(betons, tmp_path):
-    """With bf16, BlurPool, sigmoid loss, colour jitter and page-aware order, which have no run of their own."""
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    result = run(
-        betons,
-        tmp_path,
-        launcher=launcher,
-        training__epochs=2,
-        training__precision="bf16",
-        model__blurpool="true",
-        model__blur_maxpool="true",
-        model__log_prior_bias="true",
-        training__loss="bce",
-        resolution__end=32,
-        data__order="page",
-        data__brightness=0.4,
-        data__contrast=0.4,
-        data__saturation=0.4,
-        validation__every=2,
-    )
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+# bf16, BlurPool, sigmoid loss, colour jitter and page-aware order have no run of their own
+TWO_RANKS = {
+    "training__epochs": 2,
+    "training__precision": "bf16",
+    "model__blurpool": "true",
+    "model__blur_maxpool": "true",
+    "model__log_prior_bias": "true",
+    "training__loss": "bce",
+    "resolution__end": 32,
+    "data__order": "page",
+    "data__brightness": 0.4,
+    "data__contrast": 0.4,
+    "data__saturation": 0.4,
+    "validation__every": 2,
+    "logging__checkpoint_steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def two_ranks(betons, tmp_path_factory):
+    """A run of two ranks on one node that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("two")
+    result = run(betons, folder, launcher=(*TORCHRUN, "--standalone", "--nproc_per_node=2"), **TWO_RANKS)
     assert result.returncode == 0, result.stderr
-    first, last = read_rows(tmp_path / "small" / "log.jsonl")
+    return SimpleNamespace(run=folder / "small", output=result.stdout)
+
+
+def assert_identical(run, other):
+    assert chaos.compare(chaos.outcome(run, epochs=2), chaos.outcome(other, epochs=2)) == "identical"
+
+
+def test_two_ranks_evaluate_every_image_once_and_share_the_batch(two_ranks):
+    first, last = read_rows(two_ranks.run / "log.jsonl")
     assert "top1" not in first
     assert last["images"] == 110
     assert (last["step"], last["images_seen"]) == (10, 400)
-    assert "20 x 2 ranks x 1 accumulated" in result.stdout
-    assert "page order" in result.stdout
+    assert "20 x 2 ranks x 1 accumulated" in two_ranks.output
+    assert "page order" in two_ranks.output
     assert 1 < last["train_loss"] < 4
+
+
+def test_two_nodes_of_one_process_reproduce_one_node_of_two(betons, two_ranks, tmp_path):
+    """Two of torchrun's agents, which meet on the loopback."""
+    nodes = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={chaos.free_port()}")
+    agents = [
+        subprocess.Popen(
+            command(betons, tmp_path, launcher=(*TORCHRUN, *nodes, f"--node_rank={number}"), **TWO_RANKS),
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # which torchrun chooses where a node has several processes
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in (0, 1)
+    ]
+    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], outputs
+    assert "x 2 ranks" in outputs[0]
+    assert_identical(tmp_path / "small", two_ranks.run)
+
+
+def test_torchrun_restarts_a_killed_worker_but_not_a_planned_stop(betons, two_ranks, tmp_path):
+    launcher = (*TORCHRUN, "--standalone", "--nproc_per_node=2", "--max-restarts=3")
+    folder = tmp_path / "small"
+
+    def begin():
+        with open(tmp_path / "output", "w") as log:
+            return subprocess.Popen(command(betons, tmp_path, launcher=launcher, **TWO_RANKS), stdout=log, stderr=log)
+
+    def output():
+        return (tmp_path / "output").read_text()
+
+    def wait(agent, condition):
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert agent.poll() is None, output()
+            assert time.monotonic() < deadline, output()
+            time.sleep(0.01)
+
+    agent = begin()
+    wait(agent, (folder / "last.pt").exists)
+    os.kill(workers(agent)[1], signal.SIGKILL)
+    wait(agent, lambda: "resuming" in output())
+    for process in workers(agent):
+        os.kill(process, signal.SIGTERM)
+    assert agent.wait(120) == 0, output()
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["status"], status["reason"]) == ("interrupted", "SIGTERM")
+    assert output().count("resuming") == 1
+    agent = begin()
+    assert agent.wait(240) == 0, output()
+    assert json.loads((folder / "status.json").read_text())["status"] == "finished"
+    assert_identical(folder, two_ranks.run)
+
+
+def workers(agent):
+    """Process ids of an agent's workers, by rank."""
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text().split()
+    found = {}
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
+        found |= {rank: int(child) for rank in ranks}
+    return [found[rank] for rank in sorted(found)]
 
 
 @pytest.mark.parametrize(
@@ -213,6 +309,8 @@ def test_two_ranks_evaluate_every_image_once_and_share_the_batch(betons, tmp_pat
         ({"data__crop_scale": "1,0.5"}, ["data.crop_scale"]),
         ({"data__rnug": 64}, ["unknown key data.rnug", "data.rung"]),
         ({"training__checkpoint": "x.pt"}, ["training.checkpoint", "eval_only"]),
+        ({"budget__max_dollars": 5}, ["budget.max_dollars needs", "budget.dollars_per_hour or budget.instance"]),
+        ({"budget__instance": "g9.huge"}, ["g9.huge", "budget.dollars_per_hour", "g5.xlarge"]),
         ({"training__epochs": "many"}, ["training.epochs", "'many'"]),
         ({"data__dir": None}, ["data.dir is required"]),
         pytest.param(

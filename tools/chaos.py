@@ -12,6 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import platform
 import random
 import resource
 import runpy
@@ -32,14 +33,15 @@ PRELOAD = ["torch", "torchvision", "fastargs", "boto3", "rn50.loaders", "rn50.ru
 TIMES = {"images_per_second", "data_wait_fraction", "train_seconds", "cpu_seconds", "elapsed_seconds", "val_seconds"}
 DISK_MEGABYTES = 64
 EPOCHS, BATCH, MICRO_BATCH = 24, 20, 10
-# What the audit hook of a victim waits for: an event, and a part of its first argument.
+# What the audit hook of a victim waits for: an event, how its first argument ends (None: a connection to S3), and the
+# how-many-eth after the first step that is.
 POINTS = {
     "kill -9 as a checkpoint is opened": ("open", "last.pt.partial", 1),
     "kill -9 while a checkpoint is written": ("open", "last.pt.partial", 1),
     "kill -9 while a checkpoint is read back": ("open", "last.pt.partial", 2),
     "kill -9 before the first rename": ("os.rename", "last.pt", 1),
     "kill -9 before the second rename": ("os.rename", "last.pt.partial", 1),
-    "kill -9 while a checkpoint is mirrored": ("http.client.send", "", 1),
+    "kill -9 while a checkpoint is mirrored": ("http.client.send", None, 1),
 }
 ANYWHERE = ("kill -9", "SIGTERM", "spot notice after dropped metadata", "newest checkpoint truncated", "S3 unreachable")
 ANYWHERE += ("disk full, then room", "disk full, then kill -9", "new machine with an empty disk")
@@ -54,10 +56,9 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--short", action="store_true", help="every fault once")
     options = parser.parse_args()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # servers and disk are put away on the way out
     started, faults = time.time(), []
-    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Chaos(Path(folder), context, options.seed) as chaos:
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder, Chaos(Path(folder), forking(), options.seed) as chaos:
         for ranks in (int(word) for word in options.ranks.split(",")):
             share = -(-options.faults // len(options.ranks.split(",")))
             faults += chaos.torment(ranks, None if options.short else share)
@@ -66,12 +67,17 @@ def main():
         options.out.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(fault) + "\n" for fault in faults)
         (options.out / "faults.jsonl").write_text(lines)
-        runs = len({(fault["ranks"], fault["run"]) for fault in faults})
-        (options.out / "README.md").write_text(
-            f"# {len(faults)} faults in {runs} runs, {time.time() - started:.0f} s\n\n`{' '.join(sys.argv)}`, "
-            f"{os.cpu_count()} cores. Every fault is in faults.jsonl.\n\n{table}\n"
-        )
+        (options.out / "README.md").write_text(report(faults, table, time.time() - started))
     sys.exit(any(fault["outcome"] != "identical" for fault in faults))
+
+
+def forking():
+    """multiprocessing's context for processes that have imported everything already."""
+    # with TBB, numba waits in the end of the process that forks for threads that are not there
+    os.environ["NUMBA_THREADING_LAYER"] = "workqueue"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    return context
 
 
 class Chaos:
@@ -108,11 +114,16 @@ class Chaos:
         expected = outcome(self.disk / name)
         shutil.rmtree(self.disk / name)
         kinds = [*POINTS, *ANYWHERE, *(WITH_RANKS if ranks > 1 else ())]
-        faults, queue = [], []
+        faults, queue, runs, idle = [], [], 0, 0
         while queue or len(faults) < (wanted or 1):
             if not queue:
                 queue = self.random.sample(kinds, len(kinds))
-            faults += self.one_run(ranks, f"run-{ranks}-{len(faults)}", queue, expected)
+            runs += 1
+            found = self.one_run(ranks, f"run-{ranks}-{runs}", queue, expected)
+            idle = 0 if found else idle + 1
+            if idle > 20:
+                sys.exit(f"'{queue[-1]}' comes too late for every run")
+            faults += found
         return faults
 
     def one_run(self, ranks, name, queue, expected):
@@ -128,10 +139,13 @@ class Chaos:
             if pending is not None:
                 begun = job.resumed_at()
                 pending |= {"resumed_at": begun, "repeated": max(0, pending["step"] - begun)}
-                pending["recovered"] = job.last_step.value >= begun and "error:" not in job.head()
+                went_on = job.last_step.value >= begun or job.status() == "finished"
+                pending["recovered"] = went_on and "error:" not in job.head()
                 faults.append(pending)
                 pending = None
             if job.status() == "finished":
+                if kind:
+                    queue.append(kind)  # the run was over before it came to that
                 break
             if kind is None:
                 sys.exit(f"{name} ended without a fault:\n{job.output()}")
@@ -246,7 +260,7 @@ class Job:
         if fault in POINTS:
             event, part, count = POINTS[fault]
             delay = chaos.random.uniform(0, 0.01) if "while" in fault else 0.0
-            point = event, part, count + 2 * chaos.random.randrange(3), delay
+            point = event, part or chaos.s3.port, count + 2 * chaos.random.randrange(3), delay
         self.processes = []
         for rank in range(ranks):
             mine = environment | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
@@ -311,16 +325,9 @@ def victim(argv, environment, output, point, last_step):
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from torch import nn
-    from torchvision import models
-
     from rn50 import checkpoint, interruption, mirror, progress
 
-    def small(weights, num_classes, zero_init_residual):
-        layers = [nn.Conv2d(3, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(8)]
-        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, num_classes))
-
-    models.resnet18 = small
+    use_small_network()
     checkpoint.RETRY_SECONDS = mirror.RETRY_SECONDS = 0.2
     interruption.POLL_SECONDS = interruption.SELDOM_SECONDS = 0.1
     if last_step:
@@ -337,19 +344,30 @@ def victim(argv, environment, output, point, last_step):
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def use_small_network():
+    """In the place of ResNet-18, one that takes milliseconds: convolution, BatchNorm and two linear layers."""
+    from torch import nn
+    from torchvision import models
+
+    def small(weights, num_classes, zero_init_residual):
+        layers = [nn.Conv2d(3, 16, 3, stride=2, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.AdaptiveAvgPool2d(8)]
+        return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1024, 256), nn.ReLU(), nn.Linear(256, num_classes))
+
+    models.resnet18 = small
+
+
 def kill_at(event, part, count, delay, ready):
-    """kill -9 for this process `delay` seconds after the `count`th `event` whose first argument contains `part`."""
+    """kill -9 for this process `delay` seconds after the `count`th `event` on a path that ends with `part`.
+
+    part: for http.client.send, the port that is sent to.
+    """
     seen = Counter()
 
     def hook(name, arguments):
-        if (
-            name != event
-            or not ready()
-            or not arguments
-            or part not in (arguments[0] if isinstance(arguments[0], str) else part)
-        ):
+        if name != event or not ready():
             return
-        if event == "os.rename" and not str(arguments[0]).endswith(part):
+        on = arguments[0].port if name == "http.client.send" else arguments[0]
+        if on != part and not (isinstance(on, str) and on.endswith(part)):
             return
         seen[name] += 1
         if seen[name] == count:
@@ -412,7 +430,7 @@ def compare(result, expected):
     return "DIFFERENT: " + "; ".join(words)
 
 
-def outcome(folder):
+def outcome(folder, epochs=EPOCHS):
     """What must be equal: all tensors of the last checkpoint, and the log but for its times."""
     import torch
 
@@ -431,7 +449,7 @@ def outcome(folder):
 
     walk([state[part] for part in ("model", "ema", "optimizer")])
     rows = [{key: value for key, value in row.items() if key not in TIMES} for row in read_rows(folder / "log.jsonl")]
-    if [row["epoch"] for row in rows] != list(range(EPOCHS)):
+    if [row["epoch"] for row in rows] != list(range(epochs)):
         return f"gaps in the log of {folder}"
     return tensors, rows
 
@@ -444,6 +462,29 @@ def make_betons(folder):
     command += [f"--out.dir={folder / 'betons'}", "--out.resolutions=64"]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return folder / "betons"
+
+
+def report(faults, table, seconds):
+    """README.md beside faults.jsonl."""
+    from rn50.run_log import commit, processor
+
+    runs = {fault["run"]: fault["outcome"] for fault in faults}
+    same = sum(result == "identical" for result in runs.values())
+    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores ({processor()})"
+    return f"""# {len(faults)} faults in {len(runs)} runs, of which {same} ended as an undisturbed one does
+
+`python {" ".join(sys.argv)}` took {seconds:.0f} s on {cores}, Linux {platform.release()}, commit {commit()}.
+
+- recovered: the next command, without any other help, went on from a checkpoint, or began anew before there was one.
+  Where it did not, it met an unreachable S3 with nothing on the disk, and refused to start over, as it should.
+- identical: all weights, momenta and averaged weights of the finished run equal those of a run that nothing disturbed,
+  bit by bit, and so do the rows of its log except for times; none is missing, none is there twice.
+
+{table}
+
+Every fault is in `faults.jsonl`: at which step the run was, with which statuses its ranks ended (`exits`; -9: killed),
+where the next command began (`resumed_at`) and how many steps it `repeated`.
+"""
 
 
 def summary(faults):

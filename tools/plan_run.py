@@ -13,8 +13,6 @@ import math
 import os
 from pathlib import Path
 
-import yaml
-
 from rn50 import costs, errors
 from rn50.errors import RunError, UsageError
 from rn50.run_log import read_rows, write_atomically
@@ -30,7 +28,7 @@ def main(argv=None):
     speeds, loader = costs.fit(table), costs.loader_rates(table)
     checked = costs.check(table)
     spread = costs.prediction_errors(checked)
-    recipes = [read_recipe(CONFIGS / f"{name}.yaml") for name in table.recipe]
+    recipes = [costs.read_recipe(CONFIGS / f"{name}.yaml") for name in table.recipe]
     candidates = [measured_machine(args.preflight)] if args.preflight else costs.machines(table, args.spot)
     if args.instance:
         candidates = [machine for machine in candidates if machine.name == args.instance]
@@ -52,28 +50,6 @@ def main(argv=None):
         draw(rows, args)
     if args.proposal:
         write(args.proposal, proposal(rows, args))
-
-
-def read_recipe(path):
-    """What of a recipe decides its time. The files spell these keys out, so that no default is kept in two places."""
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        validation = config["validation"]
-        return costs.recipe(
-            name=path.stem,
-            epochs=config["training"]["epochs"],
-            micro_batch=config["training"]["micro_batch"],
-            resolution=config["resolution"],
-            rung=config["data"]["rung"],
-            resolutions=validation["resolutions"],
-            headline_resolution=validation["headline_resolution"],
-            headline_view=validation["headline_view"],
-            every=validation["every"],
-        )
-    except OSError as error:
-        raise RunError(f"cannot read {path}: {error.strerror}") from None
-    except KeyError as error:
-        raise UsageError(f"{path} does not give {error.args[0]}, which its time depends on") from None
 
 
 def measured_machine(path):

@@ -1,0 +1,183 @@
+"""What a run costs while it runs: dollars so far, dollars to finish, and when to stop so that the limit holds.
+
+Every second of the process costs, so start-up, evaluation and repeated steps do too. What is spent is in the checkpoint
+and, once a minute, in the run folder's spend.json: a crash loses a minute of it at most. Hours between two commands are
+not seen: a machine that waits must be shut down.
+"""
+
+import contextlib
+import json
+import math
+import os
+import threading
+import time
+from functools import cache
+from pathlib import Path
+
+from rn50 import costs
+from rn50.errors import UsageError
+from rn50.run_log import write_atomically
+
+FILE = "spend.json"
+WRITE_SECONDS = 60.0
+# What writing the last checkpoint, and a mirror's copy of it, may take after the last step.
+STOP_SECONDS = 120.0
+
+
+class Meter:
+    """Dollars of a run over all its sessions; counts from the start of this process.
+
+    folder: the run's. before: dollars up to the checkpoint that this session goes on from; spend.json counts where it
+    knows of more. dollars_per_hour: of all machines together. max_dollars: None where there is no limit.
+    """
+
+    def __init__(self, folder, *, dollars_per_hour, max_dollars, before):
+        self.max_dollars, self.dollars_per_hour = max_dollars, dollars_per_hour
+        self._path = Path(folder) / FILE
+        self._before = max(before, _written(self._path))
+        self._started = time.monotonic() - process_age()
+        threading.Thread(target=self._keep, name="spend", daemon=True).start()
+
+    @property
+    def dollars(self):
+        return self._before + self.cost(time.monotonic() - self._started)
+
+    def cost(self, seconds):
+        return self.dollars_per_hour * seconds / 3600
+
+    def spent(self):
+        """Whether it is time to stop: what is left pays for the last checkpoint only."""
+        return self.max_dollars is not None and self.dollars + self.cost(STOP_SECONDS) >= self.max_dollars
+
+    def write(self):
+        """Put the dollars into spend.json; a disk that does not take it leaves them to the checkpoint."""
+        with contextlib.suppress(OSError):
+            write_atomically(self._path, json.dumps({"dollars": round(self.dollars, 6), "time": time.time()}) + "\n")
+
+    def _keep(self):
+        while True:
+            self.write()
+            time.sleep(WRITE_SECONDS)
+
+
+def _written(path):
+    try:
+        dollars = float(json.loads(path.read_text(encoding="utf-8"))["dollars"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
+    return dollars if math.isfinite(dollars) else 0.0
+
+
+def process_age():
+    """Seconds since this process was started, imports included (Linux)."""
+    # the 22nd field, counted after the name, which may hold spaces
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def price(*, dollars_per_hour, instance, spot):
+    """Dollars an hour of one machine, or None where nothing says. A spot price is the highest that was seen."""
+    if dollars_per_hour is not None:
+        return dollars_per_hour
+    if instance is None:
+        return None
+    return _named(costs.read_table(), instance, spot).dollars_high
+
+
+def _named(table, instance, spot):
+    known = {machine.name: machine for machine in costs.machines(table, spot)}
+    if instance not in known:
+        what = "no spot price is known for" if spot else "there is no price of"
+        raise UsageError(
+            f"budget.instance: {what} {instance}; give budget.dollars_per_hour, or one of {', '.join(known)}"
+        )
+    return known[instance]
+
+
+def projected_hours(recipe, *, images, validation_images, instance, spot, gpu_name, gpus, vcpus, memory_gib):
+    """(hours of training and evaluation, typical relative error) from published throughput, or None.
+
+    recipe: a costs.Recipe of ResNet-50. instance: its row of the table; else the GPU that `gpu_name` names, None where
+    the table does not know it. images, validation_images: how many there are in the betons.
+    """
+    table = costs.read_table()
+    if instance:
+        machine = _named(table, instance, spot)
+    else:
+        known = [name for name in table.gpu if name in (gpu_name or "")]
+        if not known:
+            return None
+        machine = costs.Machine(
+            name=gpu_name,
+            gpu=max(known, key=len),
+            gpus=gpus,
+            vcpus=vcpus,
+            memory_gib=memory_gib,
+            disk_gb=0,
+            dollars_per_hour=0,
+            dollars_low=0,
+            dollars_high=0,
+        )
+    speeds = costs.fit(table)
+    parts, _ = costs.hours(table, speeds, costs.loader_rates(table), recipe, machine, spot)
+    measured = speeds.gpu_rate(machine.gpu, table.gpu[machine.gpu]["value"])[1] > 0
+    error = math.expm1(costs.prediction_errors(costs.check(table))[measured])
+    training = parts["training"] * images / table.value("images_train")
+    return training + parts["evaluation"] * validation_images / table.value("images_val"), error
+
+
+def largest_that_fits(recipes, hours_of, dollars_per_hour, dollars):
+    """(name, dollars) of the recipe with the highest expected top-1 that costs no more than `dollars`, or None.
+
+    recipes: costs.Recipe. hours_of(recipe): as from `projected_hours`, in hours.
+    """
+    table = costs.read_table()
+    fitting = []
+    for recipe in recipes:
+        cost = hours_of(recipe) * dollars_per_hour
+        if cost <= dollars:
+            family = table.recipe[recipe.name]["schedule"]
+            top1, _, _ = costs.expected_top1(table, family, len(recipe.resolutions))
+            fitting.append((top1, -cost, recipe.name))
+    if not fitting:
+        return None
+    _, negative, name = max(fitting)
+    return name, -negative
+
+
+@cache
+def resolution_exponent():
+    return costs.fit(costs.read_table()).exponent
+
+
+def seconds_to_finish(*, resolutions, evaluations, rows, epoch, epoch_share, epoch_seconds, images, validation_images):
+    """Seconds of the steps and evaluations that are left at the measured pace, or None before anything is measured.
+
+    resolutions: px of every epoch. evaluations: [(px, views)] by epoch. rows: the log. epoch: whole epochs that are
+    done; epoch_share, epoch_seconds: of the one after them. images, validation_images: of an epoch and of an
+    evaluation. Where a resolution was not measured, seconds grow with it as published ones do.
+    """
+    training = {}
+    for row in rows:
+        training.setdefault(row["resolution"], []).append(row["train_seconds"])
+    seconds = {px: sum(values) / len(values) for px, values in training.items()}
+    if epoch < len(resolutions) and epoch_share > 0 and epoch_seconds > 0:
+        seconds.setdefault(resolutions[epoch], epoch_seconds / epoch_share)
+    if not seconds:
+        return None
+
+    def epoch_at(px):
+        nearest = min(seconds, key=lambda known: abs(known - px))
+        return seconds[nearest] * (px / nearest) ** resolution_exponent()
+
+    def forward(px, views):
+        """By the forward third of a training step."""
+        return epoch_at(px) / images / 3 * validation_images * views
+
+    measured = [(sum(forward(*view) for view in evaluations[row["epoch"]]), row["val_seconds"]) for row in rows]
+    expected, took = (sum(column) for column in zip(*measured, strict=True)) if measured else (0, 0)
+    slower = took / expected if expected and took else 1
+    left = sum(epoch_at(px) for px in resolutions[epoch:])
+    if epoch < len(resolutions):
+        left -= epoch_at(resolutions[epoch]) * epoch_share
+    return left + slower * sum(forward(*view) for epoch in evaluations[epoch:] for view in epoch)

@@ -1,0 +1,154 @@
+"""Runs side by side: how each ended, its top-1, hours, dollars and forecast, and in which settings they differ.
+
+    python tools/compare_runs.py runs/first runs/second --out compare.png --json compare.json
+
+RUN is a run folder. The figure is that of tools/plot_log.py.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import yaml
+
+from rn50 import errors, plots
+from rn50.run_log import write_atomically
+
+# Where and how fast a run is, and not what it computes.
+NOT_COMPARED = ("logging.", "budget.", "data.dir", "data.workers", "data.timeout_minutes", "training.device")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
+    parser.add_argument("--out", metavar="PNG", help="the curves of all of them")
+    parser.add_argument("--json", metavar="JSON", help="the table's rows and the settings that differ")
+    args = parser.parse_args(argv)
+    logs = [plots.read_log(run)[0] for run in args.runs]
+    configs = [read_config(Path(run)) for run in args.runs]
+    names = plots.run_names(args.runs)
+    rows = [
+        describe(name, Path(run), log, config)
+        for name, run, log, config in zip(names, args.runs, logs, configs, strict=True)
+    ]
+    differing = differences(configs)
+    print("\n".join([*table_lines(rows), *remarks(rows, logs), "", *difference_lines(differing, names)]))
+    if args.json:
+        try:
+            content = {"runs": rows, "differing": differing}
+            write_atomically(args.json, json.dumps(content, indent=1) + "\n")
+        except OSError as error:
+            raise errors.RunError(f"cannot write {args.json}: {error.strerror}") from None
+    if args.out:
+        plots.save(plots.draw(logs, names), args.out)
+
+
+def read_config(run):
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    except OSError as error:
+        raise errors.RunError(f"{run} is not a run folder: cannot read its config.yaml: {error.strerror}") from None
+    except yaml.YAMLError:
+        config = None
+    if not isinstance(config, dict) or not isinstance(config.get("training"), dict) or "validation" not in config:
+        raise errors.RunError(f"{run / 'config.yaml'} is not the config of a run")
+    return config
+
+
+def describe(name, run, log, config):
+    """One row of the table: plain values, None where the log does not say."""
+    evaluated = [row for row in log if row.get("top1") is not None]
+    last = evaluated[-1] if evaluated else {}
+    hours, dollars = plots.hours(log), [row["dollars"] for row in log if row.get("dollars") is not None]
+    validation, seconds = config["validation"], sum(row.get("train_seconds") or 0 for row in log)
+    images = log[-1].get("images_seen")
+    return {
+        "run": name,
+        "status": status(run),
+        "epochs_done": log[-1]["epoch"] + 1,
+        "epochs": config["training"]["epochs"],
+        "top1": last.get("top1"),
+        "top1_low": last.get("top1_low"),
+        "top1_high": last.get("top1_high"),
+        "top1_epoch": last["epoch"] + 1 if last else None,
+        "evaluation": f"{validation['headline_resolution']} px {validation['headline_view']}",
+        "hours": max(hours.values()) if hours else None,
+        "dollars": dollars[-1] if dollars else None,
+        "images_per_second": images / seconds if images and seconds else None,
+        "forecast": log[-1].get("forecast"),
+    }
+
+
+def status(run):
+    """The word of status.json; a run that is going on, or was killed, has none."""
+    try:
+        return json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def differences(configs):
+    """{section.key: [value of each run]} where these are not all the same; None where a config does not have it."""
+    flat = [
+        {f"{section}.{key}": value for section, keys in config.items() for key, value in (keys or {}).items()}
+        for config in configs
+    ]
+    names = dict.fromkeys(name for config in flat for name in config)
+    return {
+        name: [config.get(name) for config in flat]
+        for name in names
+        if not name.startswith(NOT_COMPARED) and any(config.get(name) != flat[0].get(name) for config in flat)
+    }
+
+
+def table_lines(rows):
+    cells = [["run", "status", "epochs", "top-1 (95 %)", "at", "hours", "dollars", "img/s", "forecast"]]
+    for row in rows:
+        top1 = "-" if row["top1"] is None else f"{row['top1']:.2f}"
+        if row["top1_low"] is not None:
+            top1 += f" ({row['top1_low']:.1f} to {row['top1_high']:.1f})"
+        if row["top1_epoch"] not in (None, row["epochs"]):
+            top1 += f" after {row['top1_epoch']}"
+        expected = (row["forecast"] or {}).get("top1")
+        cells.append(
+            [
+                row["run"],
+                row["status"] or "no status",
+                f"{row['epochs_done']}/{row['epochs']}",
+                top1,
+                row["evaluation"],
+                shown(row["hours"], ".2f"),
+                shown(row["dollars"], ".2f"),
+                shown(row["images_per_second"], ".0f"),
+                "-" if expected is None else f"{expected:.1f} at {row['forecast']['evaluation']}",
+            ]
+        )
+    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+
+
+def shown(value, form):
+    return "-" if value is None else format(value, form)
+
+
+def remarks(rows, logs):
+    if len({row["evaluation"] for row in rows}) > 1:
+        yield "note: top-1 is at different resolutions or views: not to be compared across these runs"
+    if len({row.get("images") for log in logs for row in log if row.get("images")}) > 1:
+        yield "note: the runs were validated on different numbers of images: not the same data"
+    for row in rows:
+        for warning in (row["forecast"] or {}).get("warnings", []):
+            yield f"warning: {row['run']}: {warning['text']}"
+
+
+def difference_lines(differing, names):
+    if not differing:
+        yield "no setting differs" if len(names) > 1 else ""
+        return
+    yield "settings that differ"
+    for name, values in differing.items():
+        yield f"  {name}: " + ", ".join(map(str, values))
+
+
+if __name__ == "__main__":
+    errors.run(main)
