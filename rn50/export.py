@@ -264,8 +264,8 @@ def cost_sentence(config):
     made = config["training"]
     device = made["device"] or "a machine that was not recorded"
     ranks = f"{made['world_size']} x " if made["world_size"] and made["world_size"] > 1 else ""
-    dollars = f", ${made['dollars']:.2f}" if made["dollars"] is not None else ", price not recorded"
-    return f"{made['seconds'] / 3600:.2f} hours of training on {ranks}{device}{dollars} (evaluations not counted)."
+    dollars = f"${made['dollars']:.2f} in all" if made["dollars"] is not None else "price not recorded"
+    return f"{made['seconds'] / 3600:.2f} hours of training on {ranks}{device} (evaluations not counted), {dollars}."
 
 
 def agreement_lines(config):
