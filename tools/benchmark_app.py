@@ -237,7 +237,7 @@ class Served:
 
 
 def installed_megabytes():
-    """10^6 bytes on disk that `pip install -r app/requirements.txt` adds to a fresh environment, compiled files included."""
+    """10^6 bytes on disk that `pip install -r app/requirements.txt` adds to a fresh environment, with .pyc files."""
     folder = Path(tempfile.mkdtemp(prefix="rn50-app-"))
     try:
         subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True, capture_output=True)
