@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from rn50.textures import write_textures
+from tests import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +28,52 @@ def betons(textures, tmp_path_factory):
     command = [sys.executable, ROOT / "write_dataset.py", f"--source.dir={textures}", f"--out.dir={folder}"]
     subprocess.run([*command, "--out.resolutions=64,96"], check=True, capture_output=True, timeout=120)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(textures, betons, tmp_path_factory):
+    """last.pt of a small network that knows the textures."""
+    return tiny_model.train(betons, textures, tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def exported(tiny_checkpoint, textures, tmp_path_factory):
+    """(folder of the exported model, what the command said)."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    pictures = [str(path) for path in sorted(textures.glob("val/*/0000.jpg"))[:4]]
+    command = [sys.executable, ROOT / "tools/export_model.py", "--checkpoint", tiny_checkpoint, "--out", out]
+    command += ["--images", textures, "--examples", *pictures, "--examples-licence", "CC0 1.0, generated"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture(scope="session")
+def app(exported, tmp_path_factory):
+    """The running page."""
+    if not tiny_model.APP_PYTHON.exists():
+        pytest.skip("the Space's packages are not installed; run: bash tools/app.sh --install")
+    running = tiny_model.App(exported[0], tmp_path_factory.mktemp("app"))
+    yield running
+    running.close()
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Headless Chromium."""
+    programs = tiny_model.chromium()
+    if not programs:
+        pytest.skip("no chromium and chromedriver; run: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    yield driver
+    driver.quit()
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -3,6 +3,17 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
+bash tools/app.sh --install || echo "app/requirements.txt could not be installed; the app's tests will be skipped" >&2
+# The tests of the page are in a real browser; where it cannot be installed they are skipped, and say so.
+if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null; then
+    elevate=()
+    if ((EUID != 0)); then elevate=(sudo -n); fi
+    if ! { "${elevate[@]}" apt-get update &&
+        "${elevate[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+            chromium chromium-driver; } >.venv/chromium.log 2>&1; then
+        echo "chromium could not be installed (see .venv/chromium.log); the browser tests will be skipped" >&2
+    fi
+fi
 .venv/bin/python -m ruff check .
 if command -v shellcheck >/dev/null; then
     shellcheck tools/*.sh .ci/run

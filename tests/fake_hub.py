@@ -1,0 +1,143 @@
+"""What huggingface_hub talks to, as far as publishing and downloading need it: repositories, LFS, commits, files."""
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+TOKEN = "hf_" + "x" * 34
+LARGE = (".onnx", ".safetensors", ".jpg")
+
+
+class Hub:
+    """`with Hub() as hub:` hub.url; hub.repos: {(kind, id): list of commits, each {path: bytes}}.
+
+    Set `refuse` to an HTTP status to have every commit refused with it.
+    """
+
+    def __init__(self):
+        self.repos, self.objects, self.settings, self.refuse, self.requests = {}, {}, {}, None, []
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                hub.requests.append(self.path)
+                body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                    return self.answer(401, {"error": "Invalid credentials"})
+                if self.path == "/api/repos/create":
+                    asked = json.loads(body)
+                    name = f"{asked['organization']}/{asked['name']}"
+                    key = (asked.get("type", "model"), name)
+                    if key in hub.repos:
+                        return self.answer(409, {"error": "You already created this repo", "url": f"{hub.url}/{name}"})
+                    hub.repos[key], hub.settings[key] = [{}], asked
+                    return self.answer(200, {"url": f"{hub.url}/{name}"})
+                if self.path == "/api/validate-yaml":
+                    return self.answer(200, {"errors": [], "warnings": []})
+                if re.fullmatch(r"/(?:spaces/)?(.+)\.git/info/lfs/objects/batch", self.path):
+                    wanted = json.loads(body)["objects"]
+                    objects = [
+                        item | {"actions": {"upload": {"href": f"{hub.url}/lfs/{item['oid']}"}}} for item in wanted
+                    ]
+                    return self.answer(200, {"transfer": "basic", "objects": objects})
+                kind, name, action = re.fullmatch(r"/api/(model|space)s/([^/]+/[^/]+)/(\w+)/main", self.path).groups()
+                if action == "preupload":
+                    files = [
+                        {
+                            "path": file["path"],
+                            "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
+                            "shouldIgnore": False,
+                        }
+                        for file in json.loads(body)["files"]
+                    ]
+                    return self.answer(200, {"files": files})
+                if hub.refuse:
+                    return self.answer(hub.refuse, {"error": "No"})
+                self.answer(200, hub.commit(kind, name, [json.loads(line) for line in body.splitlines()]))
+
+            def do_PUT(self):
+                hub.requests.append(self.path)
+                content = self.rfile.read(int(self.headers["Content-Length"]))
+                oid = self.path.rsplit("/", 1)[1]
+                assert hashlib.sha256(content).hexdigest() == oid
+                hub.objects[oid] = content
+                self.answer(200, {})
+
+            def do_GET(self, head=False):
+                hub.requests.append(self.path)
+                path = unquote(self.path.split("?")[0])
+                asked = re.match(r"/api/(model|space)s/([^/]+/[^/]+)", path)
+                if asked and asked.groups() not in hub.repos:
+                    return self.answer(404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
+                if match := re.fullmatch(r"/api/(model|space)s/([^/]+/[^/]+)(/revision/\w+)?", path):
+                    return self.answer(200, hub.info(*match.groups()[:2]))
+                if match := re.fullmatch(r"/api/(model|space)s/([^/]+/[^/]+)/tree/main/?", path):
+                    files = hub.repos[match[1], match[2]][-1]
+                    listing = [
+                        {"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files
+                    ]
+                    return self.answer(200, listing)
+                if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
+                    number = hub.number(match[2], ("model", match[1]))
+                    content = hub.repos["model", match[1]][number][match[3]]
+                    headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": match[2]}
+                    return self.answer(200, content, head=head, **headers)
+                self.answer(404, {"error": "Not found"})
+
+            def do_HEAD(self):
+                self.do_GET(head=True)
+
+            def answer(self, status, content, head=False, **headers):
+                body = content if isinstance(content, bytes) else json.dumps(content).encode()
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if not head:
+                    self.wfile.write(body)
+
+            def log_message(self, *args):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def commit(self, kind, name, lines):
+        files = dict(self.repos[kind, name][-1])
+        for line in lines[1:]:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.objects[value["oid"]]
+            elif line["key"] == "deletedFile":
+                del files[value["path"]]
+        self.repos[kind, name].append(files)
+        oid = self.oid(len(self.repos[kind, name]) - 1, (kind, name))
+        prefix = "spaces/" if kind == "space" else ""
+        return {"success": True, "commitOid": oid, "commitUrl": f"{self.url}/{prefix}{name}/commit/{oid}"}
+
+    def info(self, kind, name):
+        files = self.repos[kind, name][-1]
+        siblings = [{"rfilename": path} for path in files]
+        return {"id": name, "sha": self.oid(len(self.repos[kind, name]) - 1, (kind, name)), "siblings": siblings}
+
+    def oid(self, number, key):
+        return hashlib.sha1(f"{key} {number}".encode()).hexdigest()
+
+    def number(self, oid, key):
+        return next(k for k in range(len(self.repos[key])) if self.oid(k, key) == oid)
+
+    def __enter__(self):
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self._server.shutdown()
+        self._server.server_close()

@@ -1,0 +1,228 @@
+"""The running page over HTTP: right answers, clear messages, bounded memory, many users, and nothing kept."""
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+
+from tests import tiny_model
+from tests.conftest import ROOT
+from tests.test_export import network_of
+
+sys.path.insert(0, str(ROOT / "app"))
+import inference
+
+# What deletes uploads runs every 5 s and takes what is older than 20.
+KEPT_AT_MOST = 30
+
+
+@pytest.fixture(scope="module")
+def known(textures, exported):
+    """(path, label, probability) of pictures that the exported network is right on."""
+    model, found = inference.Classifier(exported[0]), []
+    for path in sorted(textures.glob("val/*/*.jpg")):
+        prediction = model.predict(path.read_bytes())
+        best = prediction.top(1)[0]
+        if model.labels[best]["wnid"] == path.parent.name:
+            found.append((path, model.names[best], float(prediction.probabilities[best])))
+    assert len(found) > 20
+    return found
+
+
+def answer(app, path):
+    event, data = app.predict(path)
+    assert event == "complete", data
+    return json.loads(data)[0]
+
+
+def test_predict_gives_what_the_network_says(app, known, exported, tiny_checkpoint):
+    path, label, probability = known[0]
+    got = answer(app, path)
+    assert got["label"] == label
+    assert got["confidences"][0]["probability"] == pytest.approx(probability, abs=0.01)
+    assert len(got["confidences"]) == 5
+    assert got["confidences"][0]["wnid"] == path.parent.name
+    assert got["milliseconds"]["network"] > 0
+    # and the network is the checkpoint's
+    import torch
+
+    logits = network_of(tiny_checkpoint)(torch.from_numpy(tiny_model.seen(path))[None])[0]
+    names = [entry["wnid"] for entry in json.loads((exported[0] / "config.json").read_text())["labels"]]
+    assert names[int(logits.argmax())] == path.parent.name
+
+
+def variants(folder, source):
+    """The same picture in forms that break naive programs."""
+    image = Image.open(source).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(folder / "rotated.png", exif=exif)
+    image.convert("CMYK").save(folder / "cmyk.jpg", quality=95)
+    image.convert("RGBA").save(folder / "rgba.png")
+    image.save(folder / "animated.webp", save_all=True, append_images=[Image.new("RGB", image.size)], lossless=True)
+    image.save(folder / "named wrongly.gif", "PNG")
+    image.save(folder / "größe <b>.png")
+    return sorted(folder.iterdir())
+
+
+def test_the_same_picture_in_other_forms_gets_the_same_answer(app, known, tmp_path):
+    path, label, probability = max(known, key=lambda entry: entry[2])
+    for other in variants(tmp_path, path):
+        got = answer(app, other)
+        assert got["label"] == label, other.name
+        assert got["confidences"][0]["probability"] == pytest.approx(probability, abs=0.1), other.name
+
+
+def bad_files(folder, jpeg):
+    data = jpeg.read_bytes()
+    (folder / "text.jpg").write_text("this is no picture\n")
+    (folder / "half.jpg").write_bytes(data[: len(data) // 2])
+    (folder / "empty.png").write_bytes(b"")
+    Image.new("1", (12000, 12000)).save(folder / "bomb.png")
+    Image.new("1", (60000, 60000)).save(folder / "bomb.tif", compression="group4")
+    (folder / "script.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
+    return sorted(folder.iterdir())
+
+
+def test_bad_files_get_a_clear_message_and_memory_stays_bounded(app, known, tmp_path):
+    answer(app, known[0][0])
+    before = app.peak_mib()
+    for path in bad_files(tmp_path, known[0][0]):
+        event, data = app.predict(path)
+        message = json.loads(data)["error"]
+        assert event == "error"
+        assert re.search("not a picture|cut off|empty|megapixels", message), (path.name, message)
+        assert str(app.scratch) not in data
+        assert "Traceback" not in data
+    large = tmp_path / "large.jpg"
+    Image.new("RGB", (11000, 10000), "green").save(large, quality=20)
+    assert answer(app, large)["label"]
+    assert app.peak_mib() - before < 450
+    assert answer(app, known[0][0])["label"] == known[0][1]
+
+
+def test_what_was_not_uploaded_is_neither_read_nor_fetched(app, exported):
+    for path in ("/etc/passwd", str(exported[0] / "config.json"), str(ROOT / "README.md"), "http://127.0.0.1:9/a.jpg"):
+        event, data = app.ask(path)
+        assert event == "error"
+        assert "root:" not in data
+        assert str(exported[0]) not in data
+        assert requests.get(f"{app.url}/gradio_api/file={path}", timeout=20).status_code in (403, 404)
+    event, data = app.ask("http://127.0.0.1:9/a.jpg")
+    assert json.loads(data)["error"] == "Send the picture itself; links are not followed."
+    event, data = app.ask("/nowhere/none.jpg", endpoint="predict")
+    assert event == "error"
+
+
+def test_an_upload_that_is_too_large_is_refused(app, tmp_path):
+    big = io.BytesIO(bytes(inference.MAX_BYTES + 1_000_000))
+    sent = requests.post(f"{app.url}/gradio_api/upload", files={"files": ("big.jpg", big)}, timeout=60)
+    assert sent.status_code == 413
+    assert not [path for path in app.uploads() if path.stat().st_size > inference.MAX_BYTES]
+
+
+def test_only_predict_is_offered(app):
+    offered = requests.get(f"{app.url}/gradio_api/info", timeout=20).json()
+    assert list(offered["named_endpoints"]) == ["/predict"]
+    assert offered["unnamed_endpoints"] == {}
+    assert [entry["parameter_name"] for entry in offered["named_endpoints"]["/predict"]["parameters"]] == ["image"]
+
+
+def test_ten_users_at_once(app, known):
+    pictures = [entry[:2] for entry in known[:10]]
+
+    def user(number):
+        took = []
+        for path, label in pictures[number:] + pictures[:number]:
+            started = time.perf_counter()
+            assert answer(app, path)["label"] == label
+            took.append(time.perf_counter() - started)
+        return took
+
+    with ThreadPoolExecutor(10) as users:
+        took = [seconds for times in users.map(user, range(10)) for seconds in times]
+    assert len(took) == 100
+    assert np.percentile(took, 95) < 10  # tools/benchmark_app.py measures it on an idle machine
+
+
+def snippets(app):
+    """{language: code} of the API tab."""
+    components = requests.get(f"{app.url}/config", timeout=20).json()["components"]
+    text = next(c["props"]["value"] for c in components if c["props"].get("elem_id") == "rn50-api")
+    return dict(re.findall(r"```(\w+)\n(.*?)```", text, re.DOTALL))
+
+
+def test_the_examples_of_the_api_tab_run_as_they_stand(app, known, tmp_path):
+    path, label, _ = known[1]
+    (tmp_path / "picture.jpg").write_bytes(path.read_bytes())
+    code = snippets(app)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = {
+        language: subprocess.run(
+            [*program, code[language]], cwd=tmp_path, capture_output=True, text=True, timeout=60, env=environment
+        )
+        for language, program in {"python": [sys.executable, "-c"], "bash": ["bash", "-euc"]}.items()
+    }
+    assert f"'label': '{label}'" in done["python"].stdout, done["python"].stderr
+    assert f'"label": "{label}"' in done["bash"].stdout, done["bash"].stderr
+
+
+def test_the_app_says_in_one_line_when_there_is_no_model(app, tmp_path):
+    for environment, message in (
+        ({}, "error: no model: set MODEL_DIR to an exported one"),
+        ({"MODEL_DIR": str(tmp_path)}, f"error: no config.json in {tmp_path}"),
+    ):
+        done = subprocess.run(
+            [tiny_model.APP_PYTHON, ROOT / "app/app.py"],
+            env={"PATH": os.environ["PATH"], **environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 1
+        assert done.stderr.startswith(message)
+        assert done.stderr.count("\n") == 1
+
+
+def test_app_sh_refuses_what_is_no_model(tmp_path):
+    for arguments, status, message in (
+        ([], 2, "error: usage: bash tools/app.sh MODEL_FOLDER"),
+        ([str(tmp_path)], 1, f"error: no exported model in {tmp_path}"),
+    ):
+        done = subprocess.run(["bash", ROOT / "tools/app.sh", *arguments], capture_output=True, text=True, timeout=20)
+        assert done.returncode == status
+        assert done.stderr.startswith(message)
+
+
+def test_requirements_pin_all_that_is_installed():
+    if not tiny_model.APP_PYTHON.exists():
+        pytest.skip("the Space's packages are not installed; run: bash tools/app.sh --install")
+    pinned = [line for line in (ROOT / "app/requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pinned)
+    frozen = subprocess.run([tiny_model.APP_PYTHON, "-m", "pip", "freeze"], capture_output=True, text=True, timeout=60)
+    assert sorted(frozen.stdout.split()) == sorted(pinned)
+    readme = (ROOT / "app/README.md").read_text()
+    assert f"sdk_version: {next(line for line in pinned if line.startswith('gradio=='))[8:]}\n" in readme
+    assert not any(line.startswith(("torch", "ffcv", "rn50")) for line in pinned)
+
+
+def test_nothing_that_was_uploaded_is_left(app, known):
+    """Last in this file, so that little is left to wait for."""
+    answer(app, known[0][0])
+    uploaded = time.monotonic()
+    assert app.uploads()
+    names = {path.name for path, *_ in known} | {"text.jpg", "bomb.png", "large.jpg", "picture.jpg"}
+    examples = {path.stem for path in app.uploads() if re.match(r"\d\d_", path.name)}
+    while left := [path for path in app.uploads() if path.name in names and path.stem not in examples]:
+        assert time.monotonic() - uploaded < KEPT_AT_MOST, left
+        time.sleep(0.5)
+    assert {path.stem for path in app.uploads()} == examples, "the page's own pictures alone stay"

@@ -1,0 +1,188 @@
+"""The page in headless Chromium, as a visitor has it: desktop and phone, light and dark, mouse and keyboard."""
+
+import base64
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.test_app import known  # noqa: F401
+
+pytest.importorskip("selenium")
+from axe_selenium_python import Axe
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+PICTURE = "#rn50-picture input[type=file]"
+
+
+def find(browser, selector, within=20):
+    """The first element that is there within some seconds."""
+    return WebDriverWait(browser, within).until(lambda b: b.find_elements(By.CSS_SELECTOR, selector))[0]
+
+
+def wait(browser, condition, within=20):
+    return WebDriverWait(browser, within).until(lambda b: condition())
+
+
+def shape(browser, width, height, *, mobile=False):
+    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+@pytest.fixture
+def page(app, browser):
+    """A fresh page of desktop size."""
+    shape(browser, 1280, 900)
+    browser.get(app.url + "/?__theme=light")
+    find(browser, PICTURE)
+    return browser
+
+
+def tab(browser, name):
+    button = next(b for b in browser.find_elements(By.CSS_SELECTOR, "button[role=tab]") if b.text == name)
+    button.click()
+    wait(browser, lambda: button.get_attribute("aria-selected") == "true")
+
+
+def drawn(browser):
+    """(class that the heat map is of, its pixels)."""
+    canvas = find(browser, ".rn50-seen canvas[data-drawn]")
+    return int(canvas.get_attribute("data-drawn")), browser.execute_script("return arguments[0].toDataURL()", canvas)
+
+
+def test_a_picture_gets_its_label_and_a_heat_map_for_the_chosen_class(page, known):  # noqa: F811
+    path, label, probability = known[0]
+    find(page, PICTURE).send_keys(str(path))
+    best = find(page, ".rn50-best").text
+    assert best.startswith(label)
+    assert abs(float(best.split("\n")[-1].removeprefix(label).strip(" %")) - 100 * probability) < 1
+    rows = page.find_elements(By.CSS_SELECTOR, ".rn50-row")
+    assert len(rows) == 5
+    assert rows[0].text.startswith(label)
+    shares = [float(row.find_element(By.CSS_SELECTOR, ".rn50-share").text.strip(" %")) for row in rows]
+    assert shares == sorted(shares, reverse=True)
+    first = drawn(page)
+    rows[1].click()
+    second = drawn(page)
+    assert first[0] != second[0]
+    assert first[1] != second[1]
+    assert page.find_element(By.CSS_SELECTOR, ".rn50-chosen").text == rows[1].find_element(By.TAG_NAME, "span").text
+    # by keyboard, as radio buttons are
+    rows[1].find_element(By.TAG_NAME, "input").send_keys(Keys.ARROW_DOWN)
+    assert drawn(page)[0] not in (first[0], second[0])
+    assert "ms" in page.find_element(By.CSS_SELECTOR, ".rn50-latency").text
+
+
+def test_slider_and_menu_change_the_heat_map(page, known):  # noqa: F811
+    find(page, PICTURE).send_keys(str(known[1][0]))
+    drawn(page)
+    canvas = page.find_element(By.CSS_SELECTOR, ".rn50-seen canvas")
+    before = float(canvas.value_of_css_property("opacity"))
+    slider = find(page, "input.rn50-opacity")
+    for _ in range(5):
+        slider.send_keys(Keys.ARROW_RIGHT)
+    assert float(canvas.value_of_css_property("opacity")) == pytest.approx(before + 0.05, abs=0.001)
+    Select(find(page, ".rn50-any")).select_by_visible_text("zigzag")
+    assert page.find_element(By.CSS_SELECTOR, ".rn50-chosen").text == "zigzag"
+    assert drawn(page)[0] == 9
+
+
+def test_an_example_is_answered(page):
+    find(page, ".gallery-item").click()
+    assert "%" in find(page, ".rn50-best").text
+
+
+def test_a_picture_that_is_dropped_is_answered(page, known):  # noqa: F811
+    path, label, _ = known[2]
+    page.execute_script(
+        """const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
+        const data = new DataTransfer();
+        data.items.add(new File([bytes], "dropped.jpg", {type: "image/jpeg"}));
+        const target = document.querySelector("#rn50-picture button");
+        target.dispatchEvent(new DragEvent("drop", {bubbles: true, dataTransfer: data}));""",
+        base64.b64encode(path.read_bytes()).decode(),
+    )
+    assert find(page, ".rn50-best").text.startswith(label)
+
+
+def test_what_is_no_picture_gets_a_sentence_and_the_next_picture_an_answer(page, known, tmp_path):  # noqa: F811
+    (tmp_path / "text.jpg").write_text("this is no picture\n")
+    find(page, PICTURE).send_keys(str(tmp_path / "text.jpg"))
+    alert = find(page, ".rn50-alert[role=alert]")
+    assert alert.text.startswith("This is not a picture in a format known here")
+    assert not page.find_elements(By.CSS_SELECTOR, ".rn50-result")
+    page.find_element(By.CSS_SELECTOR, "#rn50-picture button[aria-label='Remove Image']").click()
+    wait(page, lambda: page.find_elements(By.CSS_SELECTOR, ".rn50-empty"))
+    find(page, PICTURE).send_keys(str(known[0][0]))
+    assert find(page, ".rn50-best").text.startswith(known[0][1])
+
+
+def test_batch_shows_a_card_for_each_picture(page, known, tmp_path):  # noqa: F811
+    (tmp_path / "broken.jpg").write_bytes(known[0][0].read_bytes()[:900])
+    # of one name in several folders: their own
+    tab(page, "Batch")
+    files = [str(path) for path, *_ in known[:3]]
+    find(page, "#rn50-pictures input[type=file]").send_keys("\n".join([*files, str(tmp_path / "broken.jpg")]))
+    wait(page, lambda: len(page.find_elements(By.CSS_SELECTOR, ".rn50-card")) == 4)
+    cards = page.find_elements(By.CSS_SELECTOR, ".rn50-card")
+    for card, (path, label, _) in zip(cards, known[:3], strict=False):
+        assert card.find_element(By.TAG_NAME, "li").text.startswith(label)
+        assert path.name in card.text
+        image = card.find_element(By.TAG_NAME, "img")
+        assert page.execute_script("return arguments[0].naturalWidth", image) > 10
+    assert cards[3].find_element(By.CSS_SELECTOR, "[role=alert]").text
+
+
+def test_about_has_accuracy_cost_curve_and_card_and_api_has_examples(page):
+    tab(page, "About")
+    text = wait(page, lambda: page.find_element(By.CSS_SELECTOR, ".rn50-tiles").text)
+    assert "top-1 (95 %:" in text
+    assert "of training" in text
+    assert "hours of training on" in page.find_element(By.CSS_SELECTOR, "[role=tabpanel]:not([style*=none])").text
+    tab(page, "API")
+    assert "client.predict(handle_file(" in wait(page, lambda: page.find_element(By.ID, "rn50-api").text)
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_accessibility_and_phone(app, browser, known, theme):  # noqa: F811
+    """axe-core finds nothing serious, and on a phone nothing is wider than the screen."""
+    shape(browser, 390, 844, mobile=True)
+    browser.get(f"{app.url}/?__theme={theme}")
+    find(browser, PICTURE).send_keys(str(known[0][0]))
+    drawn(browser)
+    time.sleep(0.5)  # colours fade in, and half of a fade has too little contrast
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    seen = browser.find_element(By.CSS_SELECTOR, ".rn50-seen").rect
+    assert seen["x"] >= 0
+    assert seen["x"] + seen["width"] <= 390
+    assert_accessible(browser, "Classify on a phone")
+    shape(browser, 1280, 900)
+    for name in ("Batch", "About", "API"):
+        tab(browser, name)
+        time.sleep(0.5)
+        assert_accessible(browser, name)
+
+
+def assert_accessible(browser, where):
+    axe = Axe(browser)
+    axe.inject()
+    found = [v for v in axe.run()["violations"] if v["impact"] in ("serious", "critical")]
+    told = [f"{where}: {v['id']}: {node['html'][:200]}" for v in found for node in v["nodes"]]
+    assert not told, "\n".join(told)
+
+
+def test_the_page_asks_nobody_else_for_anything(page, app):
+    """All that the page loads is from the app itself, so that it works offline and tells no one."""
+    asked = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+    assert asked
+    foreign = {url for url in asked if not url.startswith((app.url, "data:", "blob:"))}
+    assert foreign == set()
+
+
+def test_screenshots_in_the_docs_are_small():
+    for name in ("space_desktop.jpg", "space_phone.jpg"):
+        path = Path(ROOT / "docs" / name)
+        assert 10_000 < path.stat().st_size < 200_000

@@ -1,0 +1,199 @@
+"""An exported model: what is in its folder, that it is the checkpoint's network, and what is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+
+from rn50 import checkpoint, export
+from rn50.errors import RunError
+from tests import tiny_model
+from tests.conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "app"))
+import inference
+
+
+@pytest.fixture(scope="module")
+def config(exported):
+    return json.loads((exported[0] / "config.json").read_text())
+
+
+def run(*arguments):
+    command = [sys.executable, str(ROOT / "tools/export_model.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def network_of(path, *, ema=True):
+    state = checkpoint.load(path)
+    return export.load_network(export.architecture(state), state["ema"]["model"] if ema else state["model"])
+
+
+def test_the_exported_network_is_the_checkpoints_ema_on_real_images(exported, tiny_checkpoint, textures, config):
+    files = sorted(textures.glob("val/*/000[0-4].jpg"))
+    images = torch.from_numpy(np.stack([tiny_model.seen(path) for path in files]))
+    ema, last = network_of(tiny_checkpoint), network_of(tiny_checkpoint, ema=False)
+    stored = export.load_network(config["architecture"], export.read_safetensors(exported[0] / "model.safetensors"))
+    model = inference.Classifier(exported[0], file="model.onnx")
+    logits = ema(images).numpy()
+    assert np.abs(last(images).numpy() - logits).max() > 0.1
+    np.testing.assert_allclose(stored(images).numpy(), logits, atol=1e-5)
+    np.testing.assert_allclose(model.run(images.numpy())[0], logits, atol=1e-4)
+    assert config["weights"] == "ema"
+    for path, expected in zip(files, logits, strict=True):  # through the app, from the file's bytes
+        np.testing.assert_allclose(model.predict(path.read_bytes()).logits, expected, atol=1e-3)
+
+
+def test_onnx_has_a_dynamic_batch_features_and_weights_that_give_the_maps(exported):
+    network = onnx.load(exported[0] / "model.onnx")
+    onnx.checker.check_model(network)
+    assert isinstance(network.graph.input[0].type.tensor_type.shape.dim[0].dim_param, str)
+    session = onnxruntime.InferenceSession(exported[0] / "model.onnx")
+    names = ["logits", "features", "classifier_weight"]
+    for batch in (1, 3):
+        images = np.random.default_rng(0).normal(size=(batch, 3, 64, 64)).astype(np.float32)
+        logits, features, weight = session.run(names, {"images": images})
+        assert (logits.shape, features.shape, weight.shape) == ((batch, 10), (batch, 512, 2, 2), (10, 512))
+        # a class's score is the mean of its map, but for the bias: the maps explain the logits
+        means = np.einsum("kc,nchw->nk", weight, features) / features[0, 0].size
+        bias = logits - means
+        np.testing.assert_allclose(bias, np.broadcast_to(bias[:1], bias.shape), atol=1e-3)
+
+
+def test_config_has_what_the_contract_names(config, betons, tiny_checkpoint):
+    prepared = config["preprocessing"]
+    assert (prepared["resolution"], prepared["crop_ratio"]) == (64, 0.875)
+    assert prepared["mean"] == [123.675, 116.28, 103.53]
+    assert [label["wnid"] for label in config["labels"]][:2] == ["bricks", "cells"]
+    assert config["architecture"] == {"arch": "resnet18", "num_classes": 10, "blurpool": True, "blur_maxpool": True}
+    row = checkpoint.load(tiny_checkpoint)["progress"]["rows"][-1]
+    assert {(r["resolution"], r["view"]): r["top1"] for r in config["results"]} == {
+        (64, view): row["evaluation"][64][view]["top1"] for view in ("single", "flip")
+    }
+    assert [r["view"] for r in config["results"] if r["headline"]] == ["single"]
+    manifest = json.loads((betons / "val_96.json").read_text())
+    assert config["data"]["val_96.beton"] == manifest["beton"]["sha256"]
+    assert config["training"]["commit"]
+    assert config["recipe"]["training"]["batch_size"] == 40
+    # where the files were is nobody's business
+    assert str(betons) not in json.dumps(config)
+    assert "logging" not in config["recipe"]
+
+
+def test_agreement_with_a_pil_evaluation_of_the_files_is_measured(config, textures, tiny_checkpoint, exported):
+    measured = config["agreement"]
+    files = sorted(textures.glob("val/*/*.jpg"))
+    names = [label["wnid"] for label in config["labels"]]
+    logits = network_of(tiny_checkpoint)(torch.from_numpy(np.stack([tiny_model.seen(path) for path in files]))).numpy()
+    right = np.mean([names[k] == path.parent.name for k, path in zip(logits.argmax(1), files, strict=True)])
+    assert measured["images"] == len(files) == 110
+    assert measured["pil_top1"] == pytest.approx(100 * right)
+    assert right > 0.3, "the fixture's network should know something"
+    assert abs(measured["app_top1"] - measured["pil_top1"]) <= 0.1
+    assert measured["logits"] <= 1e-3
+    assert "110 image files, through the app's own code" in exported[1]
+
+
+def test_the_8_bit_network_is_judged_and_used_only_when_it_is_as_good(config, exported):
+    judged = config["int8"]
+    good = judged["points"] >= -0.3 and judged["milliseconds"] < judged["fp32_milliseconds"]
+    assert (judged["verdict"] == "taken") == good
+    assert (exported[0] / "model_int8.onnx").exists() == good
+    assert config["network"] == ("model_int8.onnx" if good else "model.onnx")
+
+
+def test_paired_difference():
+    right = np.array([True] * 80 + [False] * 20)
+    other = np.array([True] * 78 + [False] * 22)
+    points, low, high = export.paired_difference(right, other)
+    assert points == pytest.approx(-2)
+    assert low == pytest.approx(-2 - 1.96 * 100 * np.sqrt(0.02 * 0.98 / 99), abs=0.01)
+    assert low < points < high
+    assert export.paired_difference(right, right) == (0, 0, 0)
+
+
+def test_the_card_has_front_matter_results_cost_limits_and_licence(exported, config):
+    text = (exported[0] / "README.md").read_text()
+    front, body = text.split("---\n", 2)[1:]
+    front = yaml.safe_load(front)
+    assert front["license"] == "mit"
+    headline = export.headline_row(config)
+    assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == round(headline["top1"], 2)
+    assert f"| 64 px, single view (headline) | {headline['top1']:.2f} % | {headline['top1_low']:.2f} to" in body
+    for words in ("Cost: ", "## Limits", "## Licence", "CC0 1.0, generated", "hours of training on", "110 image files"):
+        assert words in body
+    assert "not evaluated" not in body.lower()
+
+
+def test_examples_lose_their_metadata(tiny_checkpoint, textures, tmp_path):
+    from PIL import Image
+
+    picture = Image.open(next(textures.glob("val/*/0001.jpg")))
+    exif = Image.Exif()
+    exif[0x010E] = "taken at home"
+    picture.save(tmp_path / "a photo.jpg", exif=exif)
+    import tools.export_model as tool
+
+    (written,) = tool.write_examples(tmp_path, [tmp_path / "a photo.jpg"], "CC0")
+    assert written == {"file": "examples/01_a_photo.jpg", "licence": "CC0"}
+    assert b"taken at home" not in (tmp_path / written["file"]).read_bytes()
+    with pytest.raises(RunError, match="not a picture"):
+        tool.write_examples(tmp_path, [ROOT / "README.md"], "CC0")
+
+
+def test_a_wrong_export_is_refused(exported, tiny_checkpoint, betons, config):
+    """The check after writing finds a network that is not the checkpoint's."""
+    import tools.export_model as tool
+
+    data = tool.Data(betons, {"headline_resolution": 64, "crop_ratio": 0.875})
+    with pytest.raises(RunError, match="the onnx file gives other logits than the checkpoint"):
+        tool.check_files(exported[0], config["architecture"], network_of(tiny_checkpoint, ema=False), data)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--checkpoint", "nowhere/last.pt"], 1, "error: no checkpoint at nowhere/last.pt"),
+        (["--checkpoint", "README.md"], 1, "error: checkpoint README.md cannot be read"),
+        (["--examples", "a.jpg"], 2, "error: --examples are published: say under what licence"),
+        (["--data", "docs"], 1, "error: no train_SIZE.beton in docs; name the run's folder of them with --data"),
+        (["--out", "docs"], 2, "error: docs exists and is not an exported model; choose another --out"),
+    ],
+    ids=["missing", "damaged", "licence", "data", "out"],
+)
+def test_refusals(arguments, status, message, tiny_checkpoint, tmp_path, monkeypatch, capsys):
+    import tools.export_model as tool
+
+    monkeypatch.chdir(ROOT)
+    base = ["tool", "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", [*base, *arguments])
+    with pytest.raises(SystemExit) as leaving:
+        tool.errors.run(tool.main)
+    printed = capsys.readouterr().err
+    assert leaving.value.code == status
+    assert printed.startswith(message)
+    assert printed.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_labels_of_other_betons_are_refused(tiny_checkpoint, betons, tmp_path, monkeypatch, capsys):
+    import tools.export_model as tool
+
+    other = shutil.copytree(betons, tmp_path / "other")
+    for path in other.glob("*.json"):
+        manifest = json.loads(path.read_text())
+        manifest["classes"].append({"wnid": "z", "name": "z"})
+        path.write_text(json.dumps(manifest))
+    base = ["tool", "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out"), "--data", str(other)]
+    monkeypatch.setattr(sys, "argv", base)
+    with pytest.raises(SystemExit):
+        tool.errors.run(tool.main)
+    assert "has 11 classes, the checkpoint 10" in capsys.readouterr().err

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Opens the Space's page on this machine, with the packages that the Space gets: bash tools/app.sh MODEL_FOLDER
+# They are in .venv-app, apart from .venv: Gradio does not allow the Pillow that training is tested with.
+#   --install    only make .venv-app
+# GRADIO_SERVER_PORT chooses the port (7860). Repeating it installs nothing.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+stamp=$root/.venv-app/rn50-app-done
+
+if (($# != 1)); then
+    echo "error: usage: bash tools/app.sh MODEL_FOLDER (tools/export_model.py makes one)" >&2
+    exit 2
+fi
+if [[ $1 != --install && ! -f $1/config.json ]]; then
+    echo "error: no exported model in $1; tools/export_model.py makes one" >&2
+    exit 1
+fi
+
+wanted="$root $(sha256sum <"$root/app/requirements.txt" | cut -c1-64)"
+exec 9<"$root/app/requirements.txt"
+if command -v flock >/dev/null; then flock 9; fi
+if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
+    if [[ ! -x $root/.venv/bin/python ]]; then
+        echo "error: no .venv here; run: bash tools/setup.sh" >&2
+        exit 1
+    fi
+    rm -rf "$root/.venv-app"
+    "$root/.venv/bin/python" -m venv "$root/.venv-app"
+    "$root/.venv-app/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/app/requirements.txt"
+    printf '%s\n' "$wanted" >"$stamp"
+fi
+exec 9<&-
+if [[ $1 != --install ]]; then
+    MODEL_DIR=$(cd "$1" && pwd) exec "$root/.venv-app/bin/python" "$root/app/app.py"
+fi

@@ -1,0 +1,395 @@
+"""A checkpoint as a folder that can be published: safetensors, ONNX, config.json, a model card and example pictures.
+
+    python tools/export_model.py --checkpoint runs/rn50_78/last.pt --out model/
+    python tools/export_model.py --checkpoint ... --out model/ --images IMAGENET --examples a.jpg b.jpg \\
+        --examples-licence "CC BY 4.0, by Jane Doe"
+
+Takes the EMA's weights where there are some. Classes, checksums and the images for checking come from the run's .beton
+files. It re-loads what it wrote and compares logits before it reports success; an 8-bit network takes the place of the
+float one when it is within 0.3 points of it on the validation images (paired) and faster here. --images also compares
+the app with torchvision's transforms and PyTorch on image files.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as transforms
+from tqdm import tqdm
+
+from rn50 import beton, checkpoint, errors, export
+from rn50.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
+from rn50.errors import RunError, UsageError
+from rn50.run_log import commit
+from rn50.sources import open_source
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
+import inference
+
+# Largest difference of any logit between a network and its export, for logits of at most 10.
+TOLERANCE = 1e-4
+CHECKED, CALIBRATED = 64, 256
+INT8_POINTS = 0.3
+# The app and a plain PIL evaluation of the same files.
+FILE_POINTS, FILE_LOGITS = 0.1, 1e-3
+
+
+def main():
+    args = arguments()
+    refuse_foreign(args.out)
+    state = checkpoint.load(args.checkpoint)
+    which = args.weights or ("ema" if state["ema"] else "last")
+    if which == "ema" and not state["ema"]:
+        raise UsageError("--weights ema, but the run had no EMA (model.ema_half_life)")
+    description = export.architecture(state)
+    weights = state["ema"]["model"] if which == "ema" else state["model"]
+    network = export.load_network(description, weights)
+    validation = state["config"]["validation"]
+    data = Data(args.data or state["config"]["data"]["dir"], validation)
+    if len(data.classes) != description["num_classes"]:
+        raise RunError(f"{data.folder} has {len(data.classes)} classes, the checkpoint {description['num_classes']}")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"{args.out.name}.", suffix=".partial", dir=args.out.parent))
+    try:
+        with beton.disk_errors(folder):
+            config = write(folder, args, state, which, description, network, data)
+            replace(args.out, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    report(args.out, config)
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", required=True, help="last.pt of a run folder")
+    parser.add_argument("--out", required=True, type=Path, help="the folder to write; an earlier export is replaced")
+    parser.add_argument("--data", help="folder of the .beton files (default: the run's data.dir)")
+    parser.add_argument("--weights", choices=("ema", "last"), help="default: ema where the run had it")
+    parser.add_argument("--name", help="what the model is called (default: the run's name)")
+    parser.add_argument("--dataset", help="what the images are called (default: by the classes)")
+    parser.add_argument("--licence", default="mit", help="of the weights, as the Hub calls it (default: mit)")
+    parser.add_argument("--images", type=Path, help="folder with val/<class>/<image>: also compare the app on files")
+    parser.add_argument("--max-images", type=int, default=5000, help="how many to compare on, evenly spaced")
+    parser.add_argument("--examples", nargs="+", type=Path, default=[], metavar="IMAGE", help="pictures to offer")
+    parser.add_argument("--examples-licence", metavar="TEXT", help="of the example pictures, stated in the card")
+    parser.add_argument("--no-int8", action="store_true", help="do not try an 8-bit network")
+    args = parser.parse_args()
+    if args.examples and not args.examples_licence:
+        raise UsageError("--examples are published: say under what licence with --examples-licence TEXT")
+    if args.max_images < 1:
+        raise UsageError("--max-images must be at least 1")
+    return args
+
+
+def refuse_foreign(out):
+    if out.exists() and not (out / "config.json").exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out} exists and is not an exported model; choose another --out")
+
+
+def replace(out, folder):
+    folder.chmod(0o755)
+    old = None
+    if out.exists():
+        old = Path(tempfile.mkdtemp(prefix=f"{out.name}.", suffix=".partial", dir=out.parent))
+        out.rename(old / "old")
+    folder.rename(out)
+    if old:
+        shutil.rmtree(old)
+
+
+class Data:
+    """The run's .beton files: classes, checksums, stored images. Read without ffcv, whose import takes seconds."""
+
+    def __init__(self, folder, validation):
+        self.folder, self.short_side = folder, validation["headline_resolution"] / validation["crop_ratio"]
+        self.infos = {split: self._rungs(split) for split in ("train", "val")}
+        self.classes = self.infos["val"][0].classes
+        if self.classes is None:
+            raise RunError(f"the .beton files in {folder} have no manifest, so that the classes have no names")
+
+    def _rungs(self, split):
+        infos = [beton.read_info(path) for path in sorted(Path(self.folder).glob(f"{split}_*.beton"))]
+        if not infos:
+            raise RunError(f"no {split}_SIZE.beton in {self.folder}; name the run's folder of them with --data")
+        return sorted(infos, key=lambda info: info.median_short_side)
+
+    def checksums(self):
+        infos = [*self.infos["train"], *self.infos["val"]]
+        return {Path(info.path).name: info.manifest and info.manifest["beton"]["sha256"] for info in infos}
+
+    def images(self, split, count):
+        """Up to `count` images, evenly spaced, of the file that evaluation reads: (RGB picture, label) each."""
+        infos = self.infos[split]
+        info = next((info for info in infos if info.median_short_side >= self.short_side), infos[-1])
+        stored = np.memmap(info.path, np.uint8, mode="r")
+        for k in spread(info.num_samples, count):
+            data = stored[int(info.data_ptrs[k]) :][: int(info.sizes[k])]
+            if info.modes[k] == beton.RAW:
+                picture = Image.fromarray(data.reshape(info.heights[k], info.widths[k], 3))
+            else:
+                picture = inference.decode_image(data.tobytes())
+            yield picture, int(info.labels[k])
+
+    def batches(self, split, count, prepare, size=32):
+        """The same, prepared: (float32 [n, 3, resolution, resolution], int64 [n]) a time, as arrays."""
+        images = self.images(split, count)
+        while batch := list(islice(images, size)):
+            yield np.stack([prepare(picture) for picture, _ in batch]), np.array([label for _, label in batch])
+
+
+def spread(total, count):
+    """Up to `count` of range(total), evenly spaced."""
+    return np.unique(np.linspace(0, total - 1, min(count, total)).astype(np.int64)).tolist()
+
+
+def write(folder, args, state, which, description, network, data):
+    """Every file of the export, checked; gives its config."""
+    examples = write_examples(folder, args.examples, args.examples_licence)
+    config = {
+        "format": inference.FORMAT,
+        "name": args.name or state["config"]["logging"]["run_name"],
+        "dataset": args.dataset or export.dataset_name(data.classes),
+        "licence": args.licence,
+        "architecture": description,
+        "weights": which,
+        "network": export.NETWORK,
+        "activation": "sigmoid" if state["config"]["training"].get("loss") == "bce" else "softmax",
+        "preprocessing": {
+            "resolution": state["config"]["validation"]["headline_resolution"],
+            "crop_ratio": state["config"]["validation"]["crop_ratio"],
+            "interpolation": "bilinear",
+            "antialias": True,
+            "mean": [round(value, 6) for value in IMAGENET_MEAN],
+            "std": [round(value, 6) for value in IMAGENET_STD],
+        },
+        "labels": data.classes,
+        "results": results(state),
+        "training": training(args.checkpoint, state),
+        "curve": curve(state),
+        "recipe": recipe(state["config"]),
+        "data": data.checksums(),
+        "examples": examples,
+        "agreement": None,
+        "int8": None,
+    }
+    export.write_safetensors(network, folder / export.WEIGHTS)
+    export.write_onnx(network, folder / export.NETWORK, resolution=config["preprocessing"]["resolution"])
+    config["export"] = {"commit": commit(), "torch": torch.__version__}
+    save_json(folder / "config.json", config)
+    config["export"] |= check_files(folder, description, network, data)
+    if not args.no_int8:
+        config["int8"] = try_int8(folder, data, args.max_images)
+        if config["int8"]["verdict"] == "taken":
+            config["network"] = export.NETWORK_INT8
+    if args.images:
+        config["agreement"] = compare_on_files(folder, network, args.images, args.max_images, config)
+    save_json(folder / "config.json", config)
+    (folder / "README.md").write_text(export.model_card(config), encoding="utf-8")
+    return config
+
+
+def save_json(path, content):
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_examples(folder, paths, licence):
+    """Copies of the example pictures without their metadata, as JPEG of at most 640 px, named after the files."""
+    written = []
+    for number, path in enumerate(paths, start=1):
+        try:
+            picture = inference.decode_image(path.read_bytes())
+        except OSError as error:
+            raise RunError(f"cannot read {path}: {error.strerror}") from None
+        except inference.UnreadableImage as error:
+            raise RunError(f"{path}: {error}") from None
+        picture.thumbnail((640, 640))
+        (folder / "examples").mkdir(exist_ok=True)
+        stem = "".join(character if character.isalnum() or character in "-_" else "_" for character in path.stem)
+        name = f"examples/{number:02d}_{stem[:40]}.jpg"
+        picture.save(folder / name, quality=92)
+        written.append({"file": name, "licence": licence})
+    return written
+
+
+def results(state):
+    """A row for each resolution and view of the run's final evaluation; none where it has not come to that."""
+    rows, validation = state["progress"]["rows"], state["config"]["validation"]
+    evaluation = rows[-1].get("evaluation") if rows else None
+    headline = (validation["headline_resolution"], validation["headline_view"])
+    return [
+        {"resolution": int(resolution), "view": view, "crop_ratio": validation["crop_ratio"], **figures}
+        | {"headline": (int(resolution), view) == headline}
+        for resolution, views in (evaluation or {}).items()
+        for view, figures in views.items()
+    ]
+
+
+def training(path, state):
+    """Hours, dollars and machine: from the checkpoint's log, and from environment.json beside it if that is there."""
+    rows = state["progress"]["rows"]
+    try:
+        sessions = json.loads((Path(path).parent / "environment.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        sessions = []
+    last = sessions[-1] if sessions else {}
+    dollars = rows[-1].get("dollars") if rows else None
+    return {
+        "epochs": state["progress"]["epoch"],
+        "step": state["step"],
+        "seconds": rows[-1]["elapsed_seconds"] if rows else 0.0,
+        "dollars": dollars,
+        "commit": last.get("commit"),
+        "device": last.get("device"),
+        "world_size": last.get("world_size"),
+        "precision": last.get("precision"),
+        "packages": last.get("packages"),
+    }
+
+
+def recipe(config):
+    """What a checkpoint says about how it was trained, without where its files were."""
+    here = {"data.dir", "data.workers", "data.timeout_minutes", "training.device", "training.checkpoint"}
+    return {
+        section: {key: value for key, value in keys.items() if f"{section}.{key}" not in here}
+        for section, keys in config.items()
+        if section in ("model", "training", "lr", "resolution", "data", "validation")
+    }
+
+
+def curve(state):
+    """What a training curve needs of each epoch."""
+    keys = ("epoch", "resolution", "train_loss", "val_loss", "top1", "top5")
+    return [{key: row[key] for key in keys if key in row} for row in state["progress"]["rows"]]
+
+
+def check_files(folder, description, network, data):
+    """Compare what was written with `network`; RunError where any logit is further off than TOLERANCE."""
+    reloaded = export.load_network(description, export.read_safetensors(folder / export.WEIGHTS))
+    exported = inference.Classifier(folder, file=export.NETWORK)
+    worst, images = {"onnx": 0.0, "safetensors": 0.0}, 0
+    with torch.inference_mode():
+        for batch, _ in data.batches("val", CHECKED, exported.prepare):
+            logits = network(torch.from_numpy(batch))
+            size = max(10.0, logits.abs().max().item()) / 10
+            for name, other in (
+                ("onnx", torch.from_numpy(exported.run(batch)[0])),
+                ("safetensors", reloaded(torch.from_numpy(batch))),
+            ):
+                difference = (logits - other).abs().max().item()
+                worst[name] = max(worst[name], difference)
+                if not difference <= TOLERANCE * size:
+                    raise RunError(f"the {name} file gives other logits than the checkpoint: {difference:.1e} apart")
+            images += len(batch)
+    return {"images": images, "kind": "validation images"} | worst
+
+
+def try_int8(folder, data, count):
+    """An 8-bit network beside the float one, and whether it may take its place; it is removed where it may not."""
+    path = folder / export.NETWORK_INT8
+    float32 = inference.Classifier(folder, file=export.NETWORK)
+    calibration = [batch for batch, _ in data.batches("train", CALIBRATED, float32.prepare)]
+    export.write_int8(folder / export.NETWORK, path, calibration)
+    small = inference.Classifier(folder, file=export.NETWORK_INT8)
+    right, other = [], []
+    for batch, labels in data.batches("val", count, float32.prepare):
+        right.append(float32.run(batch)[0].argmax(1) == labels)
+        other.append(small.run(batch)[0].argmax(1) == labels)
+    right, other = np.concatenate(right), np.concatenate(other)
+    points, low, high = export.paired_difference(right, other)
+    slow, fast = time_alternately([float32, small], calibration[0][:1])
+    taken = points >= -INT8_POINTS and fast < slow
+    reason = "not faster" if fast >= slow else f"more than {INT8_POINTS} points worse"
+    if not taken:
+        path.unlink()
+    return {
+        "images": len(right),
+        "fp32_top1": 100 * right.mean(),
+        "int8_top1": 100 * other.mean(),
+        "points": points,
+        "low": low,
+        "high": high,
+        "fp32_milliseconds": slow,
+        "milliseconds": fast,
+        "verdict": "taken" if taken else f"left out, {reason}",
+    }
+
+
+def time_alternately(classifiers, image, rounds=30):
+    """Median milliseconds for one image of each, in turns, so that a busy moment falls on all of them."""
+    taken = [[] for _ in classifiers]
+    for _ in range(rounds):
+        for classifier, times in zip(classifiers, taken, strict=True):
+            started = time.perf_counter()
+            classifier.run(image)
+            times.append(1000 * (time.perf_counter() - started))
+    return [median(times) for times in taken]
+
+
+def compare_on_files(folder, network, images, count, config):
+    """The app's code and torchvision's transforms with PyTorch, on the same files; RunError where they disagree."""
+    source = open_source(images, "val")
+    wnids = [label["wnid"] for label in config["labels"]]
+    if [c["wnid"] for c in source.classes] != wnids:
+        raise RunError(f"{images}/val does not have the classes of the model")
+    app, prepared = inference.Classifier(folder, file=export.NETWORK), config["preprocessing"]
+    chosen = spread(len(source), count)
+    right, worst = {"app": 0, "pil": 0}, 0.0
+    for i in tqdm(chosen, disable=not sys.stderr.isatty(), unit="image", leave=False):
+        label = source.item(i)[1]
+        ours = app.predict(source.read(i)).logits
+        with Image.open(source.path(i)) as picture, torch.inference_mode():
+            theirs = network(evaluation_transform(picture.convert("RGB"), prepared)[None])[0].numpy()
+        worst = max(worst, float(np.abs(ours - theirs).max()))
+        right["app"] += int(ours.argmax() == label)
+        right["pil"] += int(theirs.argmax() == label)
+    shares = {name: 100 * number / len(chosen) for name, number in right.items()}
+    headline = export.headline_row(config)
+    if abs(shares["app"] - shares["pil"]) > FILE_POINTS or worst > FILE_LOGITS:
+        raise RunError(
+            f"the app and a PIL evaluation of {len(chosen)} files disagree: {shares['app']:.2f} and "
+            f"{shares['pil']:.2f} % top-1, logits up to {worst:.1e} apart"
+        )
+    return {
+        "images": len(chosen),
+        "app_top1": shares["app"],
+        "pil_top1": shares["pil"],
+        "logits": worst,
+        "beton_top1": headline and headline["top1"],
+    }
+
+
+def evaluation_transform(picture, prepared):
+    """torchvision's evaluation of an RGB picture: float32 [3, resolution, resolution]."""
+    resized = transforms.resize(picture, [round(prepared["resolution"] / prepared["crop_ratio"])], antialias=True)
+    cropped = transforms.center_crop(resized, [prepared["resolution"]] * 2)
+    return normalize(transforms.pil_to_tensor(cropped)[None])[0]
+
+
+def report(out, config):
+    headline = export.headline_row(config)
+    print(f"{out}: {config['name']}, {config['architecture']['arch']}, {config['weights']} weights")
+    if headline:
+        print(
+            f"  top-1 {headline['top1']:.2f} % (95 %: {headline['top1_low']:.2f} to {headline['top1_high']:.2f}), "
+            f"{headline['resolution']} px, {headline['view']} view"
+        )
+    else:
+        print("  not evaluated: the run is not finished")
+    for line in export.agreement_lines(config):
+        print(f"  {line.replace('`', '')}")
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        print(f"  {path.stat().st_size / 1e6:8.2f} MB  {path.relative_to(out)}")
+    print(f"open it with: bash tools/app.sh {out}")
+
+
+if __name__ == "__main__":
+    errors.run(main)
