@@ -25,6 +25,7 @@ def test_it_runs_in_short_mode(textures, tmp_path, monkeypatch):
     assert "<- headline" in text
     assert pictures == 7
     assert (Path(tmp_path) / "curves.png").stat().st_size > 10_000
+    assert (Path(tmp_path) / "model" / "model.onnx").exists()
 
 
 def test_only_two_small_plots_are_committed_and_no_photographs():

@@ -4,7 +4,8 @@
 
 Trains rn50_configs/decode_accuracy.yaml by train_imagenet.py, once with stock FFCV's RandomResizedCropRGBImageDecoder
 and RandomHorizontalFlip (antialiasing by area; crops drawn by numpy, not by the seed) and once with ours for each seed.
-A pair has the same weights to begin with, the same order of samples and the same evaluation. Stop it at will: finished
+A pair has the same weights to begin with, the same order of samples and the same evaluation. Keep smaller rungs out of
+--data: the evaluation would take them, and the writer shrinks as stock FFCV's decoder does, not as the evaluation. Stop it at will: finished
 runs are kept, and a stopped one resumes by epoch. Writes results.json and results.md to --out.
 """
 
@@ -144,7 +145,7 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="Further arguments go to train_imagenet.py."
     )
-    parser.add_argument("--data", required=True, help="folder of train_224.beton and val_*.beton of Imagenette")
+    parser.add_argument("--data", required=True, help="folder of {train,val}_224.beton of Imagenette, no smaller")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--runs", default="runs/decode_accuracy", help="where the run folders go")
     parser.add_argument("--out", required=True, help="where results.json and results.md go")
