@@ -5,8 +5,8 @@
 Trains rn50_configs/decode_accuracy.yaml by train_imagenet.py, once with stock FFCV's RandomResizedCropRGBImageDecoder
 and RandomHorizontalFlip (antialiasing by area; crops drawn by numpy, not by the seed) and once with ours for each seed.
 A pair has the same weights to begin with, the same order of samples and the same evaluation. Keep smaller rungs out of
---data: the evaluation would take them, and the writer shrinks as stock FFCV's decoder does, not as the evaluation. Stop it at will: finished
-runs are kept, and a stopped one resumes by epoch. Writes results.json and results.md to --out.
+--data: the evaluation would take them, and the writer shrinks as stock FFCV's decoder does, not as the evaluation.
+Stop it at will: finished runs are kept, and a stopped one resumes. Writes results.json and results.md to --out.
 """
 
 import argparse
