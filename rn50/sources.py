@@ -17,6 +17,9 @@ from rn50.errors import RunError
 
 EXTENSIONS = {".jpeg", ".jpg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 
+# Pillow's limit for an error. A number of our own, because the app's code switches Pillow's off for its process.
+MAX_PIXELS = 2 * 89_478_485
+
 IMAGENETTE_NAMES = {
     "n01440764": "tench",
     "n02102040": "English springer",
@@ -188,6 +191,8 @@ def _decode_with_pil(data):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = Image.open(io.BytesIO(data))
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"{picture.width}x{picture.height} pixels are more than any picture has")
             rgb = None
             if picture.format == "JPEG":
                 rgb = decode_jpeg(data)  # PIL was asked for the orientation alone
@@ -253,8 +258,8 @@ def decode_jpeg(data, *, strict=False):
         raise ValueError(library.tjGetErrorStr2(handle).decode(errors="replace"))
     if colorspace.value in _CMYK_COLORSPACES:
         return None
-    if width.value * height.value > 2 * Image.MAX_IMAGE_PIXELS:
-        raise ValueError(f"{width.value}x{height.value} pixels are more than any picture has")  # PIL's limit
+    if width.value * height.value > MAX_PIXELS:
+        raise ValueError(f"{width.value}x{height.value} pixels are more than any picture has")
     rgb = np.empty((height.value, width.value, 3), np.uint8)
     if library.tjDecompress2(
         handle, data, len(data), rgb.ctypes.data, width.value, 0, height.value, _PIXEL_FORMAT_RGB, 0
