@@ -1,6 +1,7 @@
 """An exported model: what is in its folder, that it is the checkpoint's network, and what is refused."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,7 @@ def test_refusals(arguments, status, message, tiny_checkpoint, tmp_path, monkeyp
     monkeypatch.chdir(ROOT)
     base = ["tool", "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [*base, *arguments])
+    monkeypatch.setattr(os, "_exit", sys.exit)  # errors.run would end the tests, too
     with pytest.raises(SystemExit) as leaving:
         tool.errors.run(tool.main)
     printed = capsys.readouterr().err
@@ -194,6 +196,7 @@ def test_labels_of_other_betons_are_refused(tiny_checkpoint, betons, tmp_path, m
         path.write_text(json.dumps(manifest))
     base = ["tool", "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out"), "--data", str(other)]
     monkeypatch.setattr(sys, "argv", base)
+    monkeypatch.setattr(os, "_exit", sys.exit)  # errors.run would end the tests, too
     with pytest.raises(SystemExit):
         tool.errors.run(tool.main)
     assert "has 11 classes, the checkpoint 10" in capsys.readouterr().err
