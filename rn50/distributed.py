@@ -31,9 +31,21 @@ def setup(device_name, *, timeout=600):
     if "RANK" in os.environ:
         # gloo beside NCCL: what hosts tell each other does not make their GPUs wait, and a dead host is noticed at once
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-        return device, dist.get_rank(), dist.get_world_size()
+        limit = timedelta(seconds=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        dist.init_process_group(backend, store=_own(store), rank=rank, world_size=world_size, timeout=limit)
+        return device, rank, world_size
     return device, 0, 1
+
+
+def _own(store):
+    """The part of torchrun's `store` that belongs to this start of the workers.
+
+    One store outlives them all (torch 2.14), so a restarted rank could take the address of a dead one for its peer's
+    and wait for it. Agents of several nodes count their restarts each for itself: there the store stays as it is.
+    """
+    alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
+    return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store) if alone else store
 
 
 def rank():
