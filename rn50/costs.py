@@ -247,22 +247,26 @@ def recipe(*, name, epochs, micro_batch, resolution, rung, resolutions, headline
     )
 
 
+def recipe_of(name, config):
+    """A config, as a nested dict, as a Recipe; KeyError where it lacks a key that its time depends on."""
+    validation = config["validation"]
+    return recipe(
+        name=name,
+        epochs=config["training"]["epochs"],
+        micro_batch=config["training"]["micro_batch"],
+        resolution=config["resolution"],
+        rung=config["data"]["rung"],
+        resolutions=validation["resolutions"],
+        headline_resolution=validation["headline_resolution"],
+        headline_view=validation["headline_view"],
+        every=validation["every"],
+    )
+
+
 def read_recipe(path):
     """A recipe's file as a Recipe. The files spell these keys out, so that no default is kept in two places."""
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        validation = config["validation"]
-        return recipe(
-            name=path.stem,
-            epochs=config["training"]["epochs"],
-            micro_batch=config["training"]["micro_batch"],
-            resolution=config["resolution"],
-            rung=config["data"]["rung"],
-            resolutions=validation["resolutions"],
-            headline_resolution=validation["headline_resolution"],
-            headline_view=validation["headline_view"],
-            every=validation["every"],
-        )
+        return recipe_of(path.stem, yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
     except KeyError as error:

@@ -354,18 +354,7 @@ def projection(record, config):
     table = costs.read_table()
     machine = next((m for m in costs.machines(table, False) if m.name == record["instance"]), None)
     try:
-        validation = config["validation"]
-        recipe = costs.recipe(
-            name=record["run"],
-            epochs=config["training"]["epochs"],
-            micro_batch=config["training"]["micro_batch"],
-            resolution=config["resolution"],
-            rung=config["data"]["rung"],
-            resolutions=validation["resolutions"],
-            headline_resolution=validation["headline_resolution"],
-            headline_view=validation["headline_view"],
-            every=validation["every"],
-        )
+        recipe = costs.recipe_of(record["run"], config)
     except KeyError:
         machine = None
     if machine is None or config.get("model", {}).get("arch") != "resnet50" or record["settings"]:
