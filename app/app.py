@@ -14,8 +14,11 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,6 +40,18 @@ WAITING = 100  # requests; beyond that visitors are told to come back
 # Seconds: how often uploads are looked through, and the age at which they go. The visitor's own browser fetches the
 # picture once more, right after uploading it.
 DELETE_EVERY, DELETE_AFTER = 5, 20
+# What the page and its API clients ask for; Gradio answers more, such as the uploading of recordings, which it keeps.
+ASKED = (
+    *("/assets/", "/config", "/favicon.ico", "/manifest.json", "/pwa_icon", "/robots.txt", "/static/", "/svelte/"),
+    "/theme.css",
+    *(
+        f"/gradio_api/{name}"
+        for name in (
+            *("app_id", "call/", "cancel", "file=", "heartbeat/", "info", "login_check", "openapi.json", "queue/"),
+            *("reset", "startup-events", "theme.css", "upload", "user"),
+        )
+    ),
+)
 MIB = 1024 * 1024
 
 
@@ -92,6 +107,55 @@ try:
 except BadModel as problem:
     sys.exit(f"error: {problem}")
 CONFIG = MODEL.config
+
+
+class Gate:
+    """ASGI middleware: requests that the page has no use for get 404, and none brings more than it may.
+
+    Gradio limits the size of a file, not how many there are, nor other parts of a form, nor JSON.
+    """
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        path = scope["path"]
+        if path != "/" and (not path.startswith(ASKED) or path.lower().startswith("/gradio_api/file=http")):
+            return await refuse(send, 404, b"Not found")
+        left = (BATCH * MAX_BYTES if path.startswith("/gradio_api/upload") else 0) + MIB
+        length = dict(scope["headers"]).get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > left:
+            return await refuse(send, 413, f"At most {left // 1_000_000} MB at a time.".encode())
+
+        async def limited():
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            # a body without a length: from here on as if the sender had gone
+            return message if left >= 0 else {"type": "http.disconnect"}
+
+        return await self.app(scope, limited, send)
+
+
+async def refuse(send, status, words):
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": words})
+
+
+def sweep(kept):
+    """Delete for ever what Gradio does not: uploads that were broken off, and the empty folders of all others."""
+    while True:
+        time.sleep(1)
+        # deepest first, so that a folder is empty when its turn comes
+        for path in sorted(Path(UPLOADS).rglob("*"), reverse=True):
+            try:
+                if path in kept or time.time() - path.lstat().st_ctime < DELETE_AFTER + DELETE_EVERY + 2:
+                    continue
+                path.rmdir() if path.is_dir() else path.unlink()
+            except OSError:  # not empty, or gone by itself
+                continue
 
 
 async def only_uploads(self, url_or_file_path):
@@ -164,6 +228,9 @@ def predict(image):
 
 
 def read(path):
+    """The bytes of an upload. Gradio looks at where a path leads only if the sender calls it a file."""
+    if not Path(path).resolve().is_relative_to(Path(UPLOADS).resolve()):
+        raise UnreadableImage("Send the picture itself.")
     try:
         if os.path.getsize(path) > MAX_BYTES:
             raise UnreadableImage(f"The file is larger than {MAX_BYTES // 1_000_000} MB.")
@@ -418,7 +485,10 @@ def build():
 
 
 def main():
+    # so that what atexit does is done
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     page, looks = build()
+    threading.Thread(target=sweep, args=({*Path(UPLOADS).rglob("*")},), daemon=True).start()
     page.launch(
         **looks,
         footer_links=[],
@@ -430,6 +500,7 @@ def main():
         run_history=False,
         ssr_mode=False,
         state_session_capacity=100,
+        app_kwargs={"middleware": [(Gate, (), {})]},  # Starlette unpacks its own Middleware to this
     )
 
 

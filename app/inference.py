@@ -6,22 +6,32 @@ Every number of the preprocessing is read from the model's config.json. Nothing 
 import io
 import json
 import os
+import re
 import threading
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import onnxruntime
-from PIL import Image, ImageOps
+# ONNX Runtime tells Microsoft about models and their runs, unless this is set before it is imported.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+import numpy as np  # noqa: E402
+import onnxruntime  # noqa: E402
+from PIL import GifImagePlugin, Image, ImageOps, JpegImagePlugin  # noqa: E402
 
 FORMAT = 1
-# What browsers and phones produce. Other parsers of Pillow's are not offered to strangers.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
-# A decoded pixel takes 3 to 8 bytes; two pictures are decoded at a time.
+# What browsers and phones produce. Other parsers of Pillow's are not offered to strangers: a TIFF of 1 MB can have it
+# read gigabytes.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
+# A decoded pixel takes up to 13 bytes for a moment.
 MAX_PIXELS = 40_000_000
 MAX_BYTES = 20_000_000
+# Each scan of a JPEG goes over all of its pixels again, and may take 20 bytes. Programs write 10.
+MAX_SCANS = 100
+SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
+# Of EXIF data in bytes, which is what a JPEG holds of it, and of what comes before a GIF's first picture in blocks.
+MAX_EXIF, MAX_GIF_BLOCKS = 65_536, 4000
 SHOWN = 448
 # Pillow refuses by itself above twice its own limit, which is higher.
 Image.MAX_IMAGE_PIXELS = None
@@ -69,9 +79,10 @@ def decode_image(data):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             picture = _open(data)
-            _bound(picture)
+            _bound(picture, data)
             picture.load()
-            return _to_rgb(_upright(picture))
+            picture = _upright(picture)  # and not both in memory
+            return _to_rgb(picture)
     except UnreadableImage:
         raise
     except MemoryError:
@@ -87,11 +98,36 @@ def _open(data):
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
     except Exception:  # UnidentifiedImageError, and whatever the parsers of damaged headers raise
-        known = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF"
+        known = "JPEG, PNG, WebP, GIF, BMP, AVIF"
         raise UnreadableImage(f"This is not a picture in a format known here ({known}).") from None
 
 
-def _bound(picture):
+def _bound_parsers():
+    """Make Pillow ignore EXIF data and GIF comments whose reading takes more than they have bytes.
+
+    Each of thousands of EXIF tags may name the same bytes, and Pillow copies them for each; it does so as it opens a
+    JPEG or an AVIF. A comment it copies as often as it has blocks.
+    """
+    load, block = Image.Exif.load, GifImagePlugin.GifImageFile.data
+
+    def short_exif(self, data):
+        return load(self, data if len(data) <= MAX_EXIF else b"")
+
+    def counted_block(self):
+        self.blocks_read = getattr(self, "blocks_read", 0) + 1
+        if self.blocks_read > MAX_GIF_BLOCKS:
+            raise SyntaxError("too much before the first picture")
+        return block(self)
+
+    Image.Exif.load, GifImagePlugin.GifImageFile.data = short_exif, counted_block
+
+
+_bound_parsers()
+
+
+def _bound(picture, data):
+    if isinstance(picture, JpegImagePlugin.JpegImageFile) and len(SCAN.findall(data)) > MAX_SCANS:
+        raise UnreadableImage("The picture is damaged: it is in too many parts.")
     pixels = picture.width * picture.height
     if pixels <= MAX_PIXELS:
         return
@@ -115,15 +151,16 @@ def _upright(picture):
 def _to_rgb(picture):
     if picture.mode.startswith("I"):
         # Pillow clips 16 bits at 255, which turns most of a 16-bit picture white
-        gray = (np.asarray(picture).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8)
-        return Image.fromarray(gray).convert("RGB")
-    if picture.mode == "F":
-        raise UnreadableImage("Its pixels are floating-point numbers, whose brightness is not defined.")
+        gray = np.asarray(picture)
+        gray = (gray if gray.dtype.itemsize == 2 else gray.clip(0, 65535)) >> 8
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        white.alpha_composite(picture)
-        picture = white
+        opacity = picture.getchannel("A")
+        picture = picture.convert("RGB")
+        white = Image.new("RGB", picture.size, "white")
+        white.paste(picture, mask=opacity)
+        return white
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
