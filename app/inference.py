@@ -16,9 +16,9 @@ from pathlib import Path
 # ONNX Runtime tells Microsoft about models and their runs, unless this is set before it is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
-import numpy as np  # noqa: E402
-import onnxruntime  # noqa: E402
-from PIL import GifImagePlugin, Image, ImageOps, JpegImagePlugin  # noqa: E402
+import numpy as np
+import onnxruntime
+from PIL import GifImagePlugin, Image, ImageOps, JpegImagePlugin
 
 FORMAT = 1
 # What browsers and phones produce. Other parsers of Pillow's are not offered to strangers: a TIFF of 1 MB can have it

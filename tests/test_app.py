@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -14,14 +15,14 @@ import pytest
 import requests
 from PIL import Image
 
-from tests import tiny_model
+from tests import bombs, tiny_model
 from tests.conftest import ROOT
 from tests.test_export import network_of
 
 sys.path.insert(0, str(ROOT / "app"))
 import inference
 
-# What deletes uploads runs every 5 s and takes what is older than 20.
+# What deletes uploads runs every 5 s and takes what is older than 20; what Gradio forgets goes after 27.
 KEPT_AT_MOST = 30
 
 
@@ -38,13 +39,40 @@ def known(textures, exported):
     return found
 
 
+@pytest.fixture(scope="module")
+def uploaded(app, known, tmp_path_factory):
+    """When a picture had been answered and another upload broken off: long before the last test looks for both."""
+    mine = tmp_path_factory.mktemp("mine") / "mine.png"
+    Image.open(known[0][0]).crop((0, 0, 60, 60)).save(mine)
+    answer(app, mine)
+    begun = b'--x\r\nContent-Disposition: form-data; name="files"; filename="half.jpg"\r\n\r\n' + bytes(200_000)
+    assert send(app, begun, b"Content-Length: 900000\r\n", read=False) == b""
+    deadline = time.monotonic() + 10
+    while not [path for path in app.uploads() if path.name.startswith("tmp")]:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert "mine.png" in [path.name for path in app.uploads()]
+    return time.monotonic()
+
+
+def send(app, body, *headers, read=True):
+    """The answer to a POST of multipart data, the connection to which is closed unless it is to be read."""
+    host, port = app.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        kind = b"Content-Type: multipart/form-data; boundary=x\r\n"
+        connection.sendall(
+            b"POST /gradio_api/upload HTTP/1.1\r\nHost: page\r\n" + kind + b"".join(headers) + b"\r\n" + body
+        )
+        return connection.recv(10_000) if read else b""
+
+
 def answer(app, path):
     event, data = app.predict(path)
     assert event == "complete", data
     return json.loads(data)[0]
 
 
-def test_predict_gives_what_the_network_says(app, known, exported, tiny_checkpoint):
+def test_predict_gives_what_the_network_says(app, known, exported, tiny_checkpoint, uploaded):
     path, label, probability = known[0]
     got = answer(app, path)
     assert got["label"] == label
@@ -87,8 +115,9 @@ def bad_files(folder, jpeg):
     (folder / "text.jpg").write_text("this is no picture\n")
     (folder / "half.jpg").write_bytes(data[: len(data) // 2])
     (folder / "empty.png").write_bytes(b"")
-    Image.new("1", (12000, 12000)).save(folder / "bomb.png")
-    Image.new("1", (60000, 60000)).save(folder / "bomb.tif", compression="group4")
+    (folder / "bomb.png").write_bytes(bombs.png(12000))
+    (folder / "bomb.webp").write_bytes(bombs.webp())
+    (folder / "scans.jpg").write_bytes(bombs.jpeg_of_many_scans(2000, 500))
     (folder / "script.svg").write_text("<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>")
     return sorted(folder.iterdir())
 
@@ -100,7 +129,7 @@ def test_bad_files_get_a_clear_message_and_memory_stays_bounded(app, known, tmp_
         event, data = app.predict(path)
         message = json.loads(data)["error"]
         assert event == "error"
-        assert re.search("not a picture|cut off|empty|megapixels", message), (path.name, message)
+        assert re.search("not a picture|cut off|empty|megapixels|too many parts", message), (path.name, message)
         assert str(app.scratch) not in data
         assert "Traceback" not in data
     large = tmp_path / "large.jpg"
@@ -123,11 +152,51 @@ def test_what_was_not_uploaded_is_neither_read_nor_fetched(app, exported):
     assert event == "error"
 
 
+def test_a_picture_on_the_server_that_is_not_called_a_file_is_not_read_either(app, known):
+    """Gradio looks at where a path leads only if the sender marks it as one."""
+    call = f"{app.url}/gradio_api/call/predict"
+    body = {"data": [{"path": str(known[0][0])}]}
+    event = requests.post(call, json=body, timeout=60).json()["event_id"]
+    answered = requests.get(f"{call}/{event}", timeout=60).text
+    assert answered.startswith("event: error")
+    assert "Send the picture itself." in answered
+
+
+def test_what_gradio_offers_beyond_the_page_is_closed(app):
+    recording = requests.post(f"{app.url}/gradio_api/process_recording", files={"video": b"x" * 100}, timeout=20)
+    assert recording.status_code == 404
+    shut = ("proxy=https://me.hf.space/", "file=http://example.com/a.jpg", "file=HTTPS://example.com/", "runs")
+    for path in (*(f"/gradio_api/{name}" for name in (*shut, "vibe-code", "deep_link?session_hash=a")), "/monitoring"):
+        assert requests.get(app.url + path, timeout=20).status_code == 404, path
+    assert requests.post(f"{app.url}/gradio_api/run/predict", json={"data": [None]}, timeout=20).status_code == 404
+
+
 def test_an_upload_that_is_too_large_is_refused(app, tmp_path):
     big = io.BytesIO(bytes(inference.MAX_BYTES + 1_000_000))
     sent = requests.post(f"{app.url}/gradio_api/upload", files={"files": ("big.jpg", big)}, timeout=60)
     assert sent.status_code == 413
     assert not [path for path in app.uploads() if path.stat().st_size > inference.MAX_BYTES]
+
+
+def test_no_request_brings_more_than_the_page_has_use_for(app):
+    call = f"{app.url}/gradio_api/call/predict"
+    assert requests.post(call, json={"data": ["x" * 2_000_000]}, timeout=60).status_code == 413
+    too_much = b"Content-Length: %d\r\n" % (25 * inference.MAX_BYTES)
+    assert b" 413 " in send(app, b"", too_much)
+    assert b"At most 481 MB at a time." in send(app, b"", too_much)
+
+    def status(megabytes):
+        """Of a body that does not say how much it is."""
+        pieces = iter([b'{"data": ["', *[b"x" * 1_000_000] * megabytes, b'"]}'])
+        try:
+            return requests.post(
+                call, data=pieces, headers={"Content-Type": "application/json"}, timeout=60
+            ).status_code
+        except requests.ConnectionError:
+            return None
+
+    assert status(0) == 200
+    assert status(3) != 200
 
 
 def test_only_predict_is_offered(app):
@@ -176,21 +245,11 @@ def test_the_examples_of_the_api_tab_run_as_they_stand(app, known, tmp_path):
     assert f'"label": "{label}"' in done["bash"].stdout, done["bash"].stderr
 
 
-def test_the_app_says_in_one_line_when_there_is_no_model(app, tmp_path):
-    for environment, message in (
-        ({}, "error: no model: set MODEL_DIR to an exported one"),
-        ({"MODEL_DIR": str(tmp_path)}, f"error: no config.json in {tmp_path}"),
-    ):
-        done = subprocess.run(
-            [tiny_model.APP_PYTHON, ROOT / "app/app.py"],
-            env={"PATH": os.environ["PATH"], **environment},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 1
-        assert done.stderr.startswith(message)
-        assert done.stderr.count("\n") == 1
+def test_the_app_says_in_one_line_when_there_is_no_model():
+    command = [tiny_model.APP_PYTHON, ROOT / "app/app.py"]
+    done = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr == "error: no model: set MODEL_DIR to an exported one, or publish this with tools/publish.py\n"
 
 
 def test_app_sh_refuses_what_is_no_model(tmp_path):
@@ -215,14 +274,17 @@ def test_requirements_pin_all_that_is_installed():
     assert not any(line.startswith(("torch", "ffcv", "rn50")) for line in pinned)
 
 
-def test_nothing_that_was_uploaded_is_left(app, known):
+def test_the_page_reaches_nobody_and_writes_nothing_elsewhere(app):
+    """No fonts, version checks or usage reports, of Gradio, huggingface_hub or ONNX Runtime: it works offline."""
+    assert app.contacted() <= {"127.0.0.1", "localhost", "::1", "0.0.0.0"}
+    assert app.contacted(), "it asks itself whether it is up, so that something is to be seen"
+    assert list(app.home.rglob("*")) == []
+    written = {path.name for path in app.scratch.iterdir() if not path.name.startswith("uploads-")}
+    assert written == {"app.log", "contacted", "home", "watch"}
+
+
+def test_nothing_that_was_uploaded_is_left(app, uploaded):
     """Last in this file, so that little is left to wait for."""
-    answer(app, known[0][0])
-    uploaded = time.monotonic()
-    assert app.uploads()
-    names = {path.name for path, *_ in known} | {"text.jpg", "bomb.png", "large.jpg", "picture.jpg"}
-    examples = {path.stem for path in app.uploads() if re.match(r"\d\d_", path.name)}
-    while left := [path for path in app.uploads() if path.name in names and path.stem not in examples]:
-        assert time.monotonic() - uploaded < KEPT_AT_MOST, left
-        time.sleep(0.5)
-    assert {path.stem for path in app.uploads()} == examples, "the page's own pictures alone stay"
+    while kept := [path for path in app.uploads() if path.name == "mine.png" or path.name.startswith("tmp")]:
+        assert time.monotonic() - uploaded < KEPT_AT_MOST, kept
+        time.sleep(0.2)

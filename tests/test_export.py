@@ -8,7 +8,6 @@ import sys
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 import yaml
@@ -56,7 +55,7 @@ def test_onnx_has_a_dynamic_batch_features_and_weights_that_give_the_maps(export
     network = onnx.load(exported[0] / "model.onnx")
     onnx.checker.check_model(network)
     assert isinstance(network.graph.input[0].type.tensor_type.shape.dim[0].dim_param, str)
-    session = onnxruntime.InferenceSession(exported[0] / "model.onnx")
+    session = inference.onnxruntime.InferenceSession(exported[0] / "model.onnx")
     names = ["logits", "features", "classifier_weight"]
     for batch in (1, 3):
         images = np.random.default_rng(0).normal(size=(batch, 3, 64, 64)).astype(np.float32)

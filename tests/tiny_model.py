@@ -95,6 +95,20 @@ def seen(path):
     return normalize(torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None])[0].numpy()
 
 
+# Python's own record of whom the page looks up, connects to or sends to.
+WATCH = """
+import os, sys
+
+def watch(event, arguments):
+    if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo"):
+        address = arguments[1] if event != "socket.getaddrinfo" else arguments
+        with open(os.environ["CONTACTED"], "a") as file:
+            print(address[0] if isinstance(address, tuple) else address, file=file)
+
+sys.addaudithook(watch)
+"""
+
+
 class App:
     """The page in a process of its own, with the Space's packages. uploads: where Gradio puts what it is sent."""
 
@@ -104,10 +118,14 @@ class App:
             port = probe.getsockname()[1]
         self.url, self.scratch = f"http://127.0.0.1:{port}", scratch
         # nothing but the app and the system's own: the Space has no rn50
-        kept = {name: value for name, value in os.environ.items() if name in ("PATH", "HOME", "LANG")}
+        kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG")}
         environment |= {"TMPDIR": str(scratch), "GRADIO_SERVER_PORT": str(port)} | kept
         environment |= {"MODEL_DIR": str(model)} if model else {}
-        self.log = scratch / "app.log"
+        self.home, self.log, self._contacted = scratch / "home", scratch / "app.log", scratch / "contacted"
+        (scratch / "watch").mkdir()
+        (scratch / "watch/sitecustomize.py").write_text(WATCH)
+        self.home.mkdir()
+        environment |= {"HOME": self.home, "PYTHONPATH": scratch / "watch", "CONTACTED": self._contacted}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
                 [APP_PYTHON, source / "app.py"], env=environment, cwd=scratch, stdout=log, stderr=subprocess.STDOUT
@@ -142,6 +160,10 @@ class App:
     def uploads(self):
         return [path for path in self.scratch.glob("uploads-*/**/*") if path.is_file()]
 
+    def contacted(self):
+        """Hosts and paths that the page has looked up, connected or sent to."""
+        return set(self._contacted.read_text().split()) if self._contacted.exists() else set()
+
     def peak_mib(self):
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
@@ -153,6 +175,7 @@ class App:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        assert not list(self.scratch.glob("uploads-*")), "pictures are still there after the page has ended"
 
 
 def chromium():
