@@ -48,7 +48,7 @@ ASKED = (
         f"/gradio_api/{name}"
         for name in (
             *("app_id", "call/", "cancel", "file=", "heartbeat/", "info", "login_check", "openapi.json", "queue/"),
-            *("reset", "startup-events", "theme.css", "upload", "user"),
+            *("reset", "run/", "startup-events", "theme.css", "upload", "user"),
         )
     ),
 )
@@ -475,7 +475,7 @@ def build():
         picture.change(classify, picture, shown, **on_page)
         many.change(classify_all, many, gallery, **on_page)
         asked.click(predict, sent, answer, api_name="predict", **shared)
-    page.queue(max_size=WAITING)
+    page.queue(max_size=WAITING, api_open=False)  # nobody passes it by
     script = (HERE / "page.js").read_text(encoding="utf-8")
     return page, {
         "theme": theme,

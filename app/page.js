@@ -58,6 +58,21 @@
         strength = Number(target.value);
         document.documentElement.style.setProperty("--rn50-opacity", strength / 100);
     });
+    // Gradio takes what is pasted by a button alone: here Ctrl+V does, too, into the tab that is open.
+    document.addEventListener("paste", async (event) => {
+        const pictures = [...event.clipboardData.files].filter(({type}) => type.startsWith("image/"));
+        const place = [...document.querySelectorAll("#rn50-picture, #rn50-pictures")].find((at) => at.checkVisibility());
+        if (!pictures.length || !place) return;
+        event.preventDefault();
+        const field = () => place.querySelector("input[type=file]");
+        if (!field()) place.querySelector("[aria-label='Remove Image'], [aria-label='Clear']")?.click();
+        for (let waited = 0; !field() && waited < 50; waited++) await new Promise((next) => setTimeout(next, 20));
+        const data = new DataTransfer();
+        for (const picture of field()?.multiple ? pictures : pictures.slice(0, 1)) data.items.add(picture);
+        if (!field()) return;
+        field().files = data.files;
+        field().dispatchEvent(new Event("change", {bubbles: true}));
+    });
     new MutationObserver(() => {
         for (const result of document.querySelectorAll(".rn50-result")) {
             if (result.querySelector("canvas").dataset.drawn === undefined) show(result);

@@ -1,16 +1,21 @@
 """The page in headless Chromium, as a visitor has it: desktop and phone, light and dark, mouse and keyboard."""
 
 import base64
+import io
+import json
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from tests import tiny_model
 from tests.conftest import ROOT
 from tests.test_app import known  # noqa: F401
 
 pytest.importorskip("selenium")
 from axe_selenium_python import Axe
+from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select, WebDriverWait
@@ -30,6 +35,22 @@ def wait(browser, condition, within=20):
 def shape(browser, width, height, *, mobile=False):
     metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium, which keeps what it says about its requests."""
+    programs = tiny_model.chromium()
+    if not programs:
+        pytest.skip("no chromium and chromedriver; run: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = programs[0]
+    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture
@@ -102,9 +123,53 @@ def test_a_picture_that_is_dropped_is_answered(page, known):  # noqa: F811
         const data = new DataTransfer();
         data.items.add(new File([bytes], "dropped.jpg", {type: "image/jpeg"}));
         const target = document.querySelector("#rn50-picture button");
-        target.dispatchEvent(new DragEvent("drop", {bubbles: true, dataTransfer: data}));""",
+        for (const kind of ["dragenter", "dragover", "drop"])
+            target.dispatchEvent(new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer: data}));""",
         base64.b64encode(path.read_bytes()).decode(),
     )
+    assert find(page, ".rn50-best").text.startswith(label)
+
+
+def copy(browser, url, path):
+    """Put a picture on Chromium's clipboard, as a PNG, which is what programs put there."""
+    permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
+    browser.execute_cdp_cmd("Browser.grantPermissions", {"origin": url, "permissions": permissions})
+    file = io.BytesIO()
+    Image.open(path).save(file, "PNG")
+    outcome = browser.execute_async_script(
+        """const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0)), done = arguments[1];
+        const item = new ClipboardItem({"image/png": new Blob([bytes], {type: "image/png"})});
+        navigator.clipboard.write([item]).then(() => done("copied"), (error) => done(String(error)));""",
+        base64.b64encode(file.getvalue()).decode(),
+    )
+    assert outcome == "copied"
+
+
+def press_paste(browser):
+    key = {"key": "v", "code": "KeyV", "modifiers": 2}
+    browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyDown", "commands": ["paste"], **key})
+    browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyUp", **key})
+
+
+def test_a_picture_that_is_pasted_is_answered_in_the_tab_that_is_open(page, app, known):  # noqa: F811
+    path, label, _ = known[3]
+    copy(page, app.url, path)
+    press_paste(page)
+    assert find(page, ".rn50-best").text.startswith(label)
+    # and another in its place
+    path, label, _ = next(entry for entry in known if entry[1] != label)
+    copy(page, app.url, path)
+    press_paste(page)
+    wait(page, lambda: find(page, ".rn50-best").text.startswith(label))
+    tab(page, "Batch")
+    press_paste(page)
+    assert find(page, ".rn50-card li").text.startswith(label)
+
+
+def test_the_button_of_the_clipboard_takes_a_picture_too(page, app, known):  # noqa: F811
+    path, label, _ = known[4]
+    copy(page, app.url, path)
+    find(page, "#rn50-picture button[aria-label='Paste from clipboard']").click()
     assert find(page, ".rn50-best").text.startswith(label)
 
 
@@ -175,10 +240,12 @@ def assert_accessible(browser, where):
 
 
 def test_the_page_asks_nobody_else_for_anything(page, app):
-    """All that the page loads is from the app itself, so that it works offline and tells no one."""
-    asked = page.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
-    assert asked
-    foreign = {url for url in asked if not url.startswith((app.url, "data:", "blob:"))}
+    """All of the requests since the first test, of whatever kind, so that the page works offline and tells no one."""
+    messages = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    asked += [m["params"]["url"] for m in messages if m["method"] == "Network.webSocketCreated"]
+    assert len([url for url in asked if url.startswith(app.url)]) > 50
+    foreign = {url for url in asked if not url.startswith((app.url + "/", "data:", "blob:"))}
     assert foreign == set()
 
 
