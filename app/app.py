@@ -330,9 +330,9 @@ def about():
         where = f"{row['resolution']} px, {view}, {row['images']} images"
         interval = f"95 %: {row['top1_low']:.1f} to {row['top1_high']:.1f}"
         tiles += [(f"{row['top1']:.2f} %", f"top-1 ({interval})", where), (f"{row['top5']:.2f} %", "top-5", where)]
-    dollars = f"${made['dollars']:.2f}" if made.get("dollars") is not None else f"{made['seconds'] / 3600:.2f} h"
-    hours = f"{made['seconds'] / 3600:.2f} hours" if made.get("dollars") is not None else "price not recorded"
-    tiles.append((dollars, "of training", f"{hours}, {made['device'] or 'machine not recorded'}"))
+    took, priced = duration(made["seconds"]), made.get("dollars") is not None
+    cost, more = (f"${made['dollars']:.2f}", took) if priced else (took, "price not recorded")
+    tiles.append((cost, "of training", f"{more}, {made['device'] or 'machine not recorded'}"))
     tiles.append((f"{made['epochs']:g}", "epochs", f"of {CONFIG['recipe']['training']['epochs']} in the recipe"))
     shown = "".join(
         f'<div class="rn50-tile"><p class="rn50-value">{html.escape(value)}</p><p>{html.escape(what)}</p>'
@@ -340,6 +340,12 @@ def about():
         for value, what, more in tiles
     )
     return f'<div class="rn50-tiles">{shown}</div>{curve(CONFIG["curve"])}'
+
+
+def duration(seconds):
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 3600 else f"{seconds / 3600:.1f} hours"
 
 
 def curve(rows, width=640, height=240, left=44, bottom=34, top=14):

@@ -16,6 +16,30 @@ from rn50.model import build_model
 
 WEIGHTS, NETWORK, NETWORK_INT8 = "model.safetensors", "model.onnx", "model_int8.onnx"
 IMAGENET_CLASSES = 1000
+# What the Hub calls a dataset, by what dataset_name calls it.
+ON_THE_HUB = {"ImageNet-1k": "imagenet-1k", "Imagenette": "frgfm/imagenette"}
+
+
+# Of the card: the preprocessing and the five best classes, with no code of ours.
+EXAMPLE = """\
+import json
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+config = json.load(open("config.json"))
+prepared = config["preprocessing"]
+image, side = Image.open("picture.jpg").convert("RGB"), prepared["resolution"]
+short = round(side / prepared["crop_ratio"])
+image = image.resize([short * length // min(image.size) for length in image.size], Image.Resampling.BILINEAR)
+left, top = (round((length - side) / 2) for length in image.size)
+pixels = np.float32(image.crop((left, top, left + side, top + side)))
+pixels = ((pixels - prepared["mean"]) / prepared["std"]).transpose(2, 0, 1)[None].astype(np.float32)
+logits = onnxruntime.InferenceSession(config["network"]).run(["logits"], {"images": pixels})[0][0]
+for index in logits.argsort()[::-1][:5]:
+    print(f"{logits[index]:6.2f}  {config['labels'][index]['name']}")
+"""
 
 
 class WithFeatures(nn.Module):
@@ -142,14 +166,14 @@ def paired_difference(right, other):
 
 
 def dataset_name(labels):
-    """What the classes say about the data: ImageNet-1k, Imagenette, or just how many there are."""
+    """What the classes say about the data: ImageNet-1k, Imagenette, or nothing."""
     from rn50.sources import IMAGENETTE_NAMES
 
     wnids = {label["wnid"] for label in labels}
     if wnids == set(IMAGENETTE_NAMES):
         return "Imagenette"
     ours = all(len(wnid) == 9 and wnid[0] == "n" and wnid[1:].isdigit() for wnid in wnids)
-    return "ImageNet-1k" if ours and len(wnids) == IMAGENET_CLASSES else f"{len(wnids)} classes of images"
+    return "ImageNet-1k" if ours and len(wnids) == IMAGENET_CLASSES else "a dataset without a name"
 
 
 def model_card(config):
@@ -161,10 +185,12 @@ def model_card(config):
         "tags": ["image-classification", "resnet", "ffcv", "onnx", config["architecture"]["arch"]],
         "metrics": ["accuracy"],
     }
-    data = {"name": config["dataset"], "type": config["dataset"].lower().replace(" ", "-"), "split": "validation"}
+    on_hub = ON_THE_HUB.get(config["dataset"])
+    kind = on_hub or config["dataset"].lower().replace(" ", "-")
+    data = {"name": config["dataset"], "type": kind, "split": "validation"}
     headline = headline_row(config)
-    if config["dataset"] == "ImageNet-1k":
-        front["datasets"] = ["imagenet-1k"]
+    if on_hub:
+        front["datasets"] = [on_hub]
     if headline:
         metrics = [
             {"type": "accuracy", "name": f"{name}, {_setting(headline)}", "value": round(headline[key], 2)}
@@ -189,9 +215,9 @@ def _card_text(config, headline):
     parts = [f"# {config['name']}\n", _summary(config, headline) + "\n", "## Results\n"]
     if config["results"]:
         parts += [
-            f"Top-1 on the validation images of {config['dataset']}, centre crop {prepared['crop_ratio']:g}, measured "
-            "from the training run's `.beton` files. The interval is what the choice of validation images alone leaves "
-            "(95 %, Wilson); one training run.\n",
+            f"On the validation images of {config['dataset']}, centre crop of {prepared['crop_ratio']:g} of the short "
+            "side, measured from the training run's `.beton` files. The interval is what the choice of validation "
+            "images alone leaves (95 %, Wilson); one training run.\n",
             "| evaluated at | top-1 | 95 % interval | top-5 | images |\n|---|---|---|---|---|",
             *[
                 f"| {_setting(row)}{' (headline)' if row['headline'] else ''} | {row['top1']:.2f} % | "
@@ -202,7 +228,7 @@ def _card_text(config, headline):
     else:
         parts.append("Not evaluated: the run had not reached its last epoch when it was exported.")
     parts += ["", "What serving adds, measured at export:\n", *[f"- {line}" for line in agreement_lines(config)]]
-    parts += ["\n## How it was trained\n", f"- {training_sentence(config)}"]
+    parts += ["\n## How it was trained\n", f"- {training_sentence(config)}", f"- {optimizer_sentence(config)}"]
     parts.append(f"- Cost: {cost_sentence(config)}")
     parts.append(
         f"- Code: rn50, commit `{made['commit'] or 'not recorded'}`; exported with `{config['export']['commit']}`."
@@ -224,16 +250,19 @@ def _card_text(config, headline):
             else ".\n"
         )
     )
+    parts.append(f"```python\n{EXAMPLE}```\n")
     parts.append(
         "## Limits\n\n"
         f"It knows {network['num_classes']} classes and gives one of them for every picture, whatever that shows. Its "
         "probabilities are not calibrated. A class activation map says which places raised a class's score, not why. "
-        "It repeats what its training images have in common: where, when and by whom they were taken.\n"
+        "It repeats what its training images have in common: where, when and by whom they were taken. It was made to "
+        "learn from and to build on, not for decisions about people.\n"
     )
     if config["examples"]:
         parts.append("## Example pictures\n")
         parts += [f"- `{example['file']}`: {example['licence']}" for example in config["examples"]]
-    parts.append(f"\n## Licence\n\nWeights: {config['licence']}. The training images have terms of their own.\n")
+    terms = "are for non-commercial research" if config["dataset"] == "ImageNet-1k" else "have terms of their own"
+    parts.append(f"\n## Licence\n\nWeights: {config['licence']}. The training images {terms}.\n")
     return "\n".join(parts)
 
 
@@ -247,16 +276,29 @@ def _summary(config, headline):
         if headline
         else ""
     )
-    return f"{name}{blur}, trained from scratch on {config['dataset']} ({arch['num_classes']} classes).{accuracy}"
+    return f"{name}{blur}, trained from scratch on {config['dataset']}, {arch['num_classes']} classes.{accuracy}"
 
 
 def training_sentence(config):
     made = config["training"]
     resolution = config["recipe"]["resolution"]
+    sizes = sorted({resolution["start"], resolution["end"]})
     return (
-        f"{made['epochs']:g} of {config['recipe']['training']['epochs']} epochs at {resolution['start']} to "
-        f"{resolution['end']} px, global batch {config['recipe']['training']['batch_size']}, "
-        f"{'EMA weights' if config['weights'] == 'ema' else 'the weights of the last step'}"
+        f"{made['epochs']:g} of {config['recipe']['training']['epochs']} epochs at {' to '.join(map(str, sizes))} px, "
+        f"global batch {config['recipe']['training']['batch_size']}, "
+        f"{'EMA weights' if config['weights'] == 'ema' else 'the weights of the last step'}, "
+        f"{made['precision'] or config['recipe']['training']['precision']}"
+    )
+
+
+def optimizer_sentence(config):
+    made, lr, data = (config["recipe"][section] for section in ("training", "lr", "data"))
+    loss = made["loss"].replace("_", " ").replace("bce", "binary cross entropy")
+    return (
+        f"SGD, momentum {made['momentum']:g}{' (Nesterov)' if made['nesterov'] else ''}, learning rate "
+        f"{lr['lr_per_256']:g} per 256 images, {lr['warmup_epochs']:g} epochs of warm-up, {lr['schedule']} schedule, "
+        f"weight decay {made['weight_decay']:g}; {loss}, label smoothing {made['label_smoothing']:g}; random crops of "
+        f"{data['crop_scale'][0]:g} to {data['crop_scale'][1]:g} of the area, random mirror images"
     )
 
 
@@ -265,7 +307,13 @@ def cost_sentence(config):
     device = made["device"] or "a machine that was not recorded"
     ranks = f"{made['world_size']} x " if made["world_size"] and made["world_size"] > 1 else ""
     dollars = f"${made['dollars']:.2f} in all" if made["dollars"] is not None else "price not recorded"
-    return f"{made['seconds'] / 3600:.2f} hours of training on {ranks}{device} (evaluations not counted), {dollars}."
+    return f"{duration(made['seconds'])} of training on {ranks}{device} (evaluations not counted), {dollars}."
+
+
+def duration(seconds):
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 3600 else f"{seconds / 3600:.1f} hours"
 
 
 def agreement_lines(config):

@@ -206,7 +206,7 @@ def test_about_has_accuracy_cost_curve_and_card_and_api_has_examples(page):
     text = wait(page, lambda: page.find_element(By.CSS_SELECTOR, ".rn50-tiles").text)
     assert "top-1 (95 %:" in text
     assert "of training" in text
-    assert "hours of training on" in page.find_element(By.CSS_SELECTOR, "[role=tabpanel]:not([style*=none])").text
+    assert "seconds of training on" in page.find_element(By.CSS_SELECTOR, "[role=tabpanel]:not([style*=none])").text
     tab(page, "API")
     assert "client.predict(handle_file(" in wait(page, lambda: page.find_element(By.ID, "rn50-api").text)
 

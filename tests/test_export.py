@@ -14,6 +14,7 @@ import yaml
 
 from rn50 import checkpoint, export
 from rn50.errors import RunError
+from rn50.sources import IMAGENETTE_NAMES
 from tests import tiny_model
 from tests.conftest import ROOT
 
@@ -127,9 +128,44 @@ def test_the_card_has_front_matter_results_cost_limits_and_licence(exported, con
     headline = export.headline_row(config)
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == round(headline["top1"], 2)
     assert f"| 64 px, single view (headline) | {headline['top1']:.2f} % | {headline['top1_low']:.2f} to" in body
-    for words in ("Cost: ", "## Limits", "## Licence", "CC0 1.0, generated", "hours of training on", "110 image files"):
+    for words in (
+        "Cost: ",
+        "## Limits",
+        "## Licence",
+        "CC0 1.0, generated",
+        "seconds of training on",
+        "110 image files",
+    ):
         assert words in body
+    assert "1 of 1 epochs at 32 px, global batch 40, EMA weights" in body
+    assert "learning rate 0.05 per 256 images" in body
     assert "not evaluated" not in body.lower()
+
+
+def test_the_hubs_library_reads_the_card(exported, config):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(exported[0] / "README.md")
+    (top1, top5), headline = card.data.eval_results, export.headline_row(config)
+    assert (top1.metric_value, top5.metric_value) == (round(headline["top1"], 2), round(headline["top5"], 2))
+    assert (top1.task_type, top1.dataset_type) == ("image-classification", "a-dataset-without-a-name")
+    assert card.data.pipeline_tag == "image-classification"
+    for dataset, wnids in (("imagenet-1k", [f"n{k:08d}" for k in range(1000)]), ("frgfm/imagenette", IMAGENETTE_NAMES)):
+        named = config | {"dataset": export.dataset_name([{"wnid": wnid} for wnid in wnids])}
+        data = ModelCard(export.model_card(named)).data
+        assert (data.datasets, data.eval_results[0].dataset_type) == ([dataset], dataset)
+
+
+def test_the_code_of_the_card_runs_as_it_stands(exported, textures, tmp_path):
+    shutil.copytree(exported[0], tmp_path, dirs_exist_ok=True)
+    picture = next(textures.glob("val/*/0003.jpg"))
+    shutil.copy(picture, tmp_path / "picture.jpg")
+    code = (exported[0] / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    model = inference.Classifier(exported[0])
+    seen = model.predict(picture.read_bytes())
+    expected = [f"{seen.logits[k]:6.2f}  {model.labels[k]['name']}" for k in seen.top(5)]
+    assert done.stdout.splitlines() == expected, done.stderr
 
 
 def test_examples_lose_their_metadata(tiny_checkpoint, textures, tmp_path):
@@ -163,10 +199,11 @@ def test_a_wrong_export_is_refused(exported, tiny_checkpoint, betons, config):
         (["--checkpoint", "nowhere/last.pt"], 1, "error: no checkpoint at nowhere/last.pt"),
         (["--checkpoint", "README.md"], 1, "error: checkpoint README.md cannot be read"),
         (["--examples", "a.jpg"], 2, "error: --examples are published: say under what licence"),
+        (["--licence", "CC BY 4.0"], 2, "error: --licence CC BY 4.0: the Hub's name is asked for"),
         (["--data", "docs"], 1, "error: no train_SIZE.beton in docs; name the run's folder of them with --data"),
         (["--out", "docs"], 2, "error: docs exists and is not an exported model; choose another --out"),
     ],
-    ids=["missing", "damaged", "licence", "data", "out"],
+    ids=["missing", "damaged", "examples", "licence", "data", "out"],
 )
 def test_refusals(arguments, status, message, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     import tools.export_model as tool

@@ -12,6 +12,7 @@ the app with torchvision's transforms and PyTorch on image files.
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -85,6 +86,8 @@ def arguments():
     args = parser.parse_args()
     if args.examples and not args.examples_licence:
         raise UsageError("--examples are published: say under what licence with --examples-licence TEXT")
+    if not re.fullmatch(r"[a-z0-9.+-]+", args.licence):
+        raise UsageError(f"--licence {args.licence}: the Hub's name is asked for, such as mit, apache-2.0 or other")
     if args.max_images < 1:
         raise UsageError("--max-images must be at least 1")
     return args
