@@ -21,7 +21,12 @@ SPACE_FILES = {"README.md", "app.py", "inference.py", "page.css", "page.js", "re
 
 @pytest.fixture
 def model(exported, tmp_path):
-    return shutil.copytree(exported[0], tmp_path / "model")
+    """An exported model to change files of; weights can be removed, but not changed: they are the fixture's own."""
+
+    def copy(source, target):
+        (os.link if source.endswith((".onnx", ".safetensors")) else shutil.copy2)(source, target)
+
+    return shutil.copytree(exported[0], tmp_path / "model", copy_function=copy)
 
 
 def run(tmp_path, *arguments, hub="http://127.0.0.1:9", token=TOKEN):
@@ -108,14 +113,22 @@ def test_dry_run_lists_all_with_sizes_and_needs_neither_network_nor_token(model,
 
 
 def test_files_that_are_not_on_the_list_are_refused(model, tmp_path):
-    for name in (".env", "last.pt", "examples/notes.txt"):
+    import tools.publish as tool
+
+    def refusal():
+        with pytest.raises(tool.RunError) as refused:
+            tool.listed(model, tool.MODEL_FILES, tool.EXAMPLE, tool.NEEDED)
+        return str(refused.value)
+
+    for name in ("last.pt", "examples/notes.txt"):
         (model / name).write_text("x")
-        assert_refused(
-            run(tmp_path, "--model", model, "--repo", "me/net", "--dry-run"), f"files that are not published: {name}"
-        )
+        assert f"files that are not published: {name}" in refusal()
         (model / name).unlink()
     (model / "examples/link.jpg").symlink_to("/etc/passwd")
-    assert_refused(run(tmp_path, "--model", model, "--repo", "me/net", "--dry-run"), "link.jpg")
+    assert "link.jpg" in refusal()
+    (model / "examples/link.jpg").unlink()
+    (model / ".env").write_text("x")
+    assert_refused(run(tmp_path, "--model", model, "--repo", "me/net", "--dry-run"), "not published: .env")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A small network that is right on most textures, and the app and the browser that the tests of the Space share."""
 
+import hashlib
 import os
 import re
 import shutil
@@ -109,27 +110,39 @@ sys.addaudithook(watch)
 """
 
 
-class App:
-    """The page in a process of its own, with the Space's packages. uploads: where Gradio puts what it is sent."""
+def link_checkout(folder):
+    """A folder in which tools/app.sh finds the app and its packages installed: those of this checkout."""
+    (folder / "tools").mkdir(parents=True)
+    shutil.copy2(ROOT / "tools/app.sh", folder / "tools")
+    (folder / "app").symlink_to(ROOT / "app")
+    (folder / ".venv-app").mkdir()
+    for part in APP_PYTHON.parent.parent.iterdir():
+        if part.name != "rn50-app-done":
+            (folder / ".venv-app" / part.name).symlink_to(part)
+    pins = hashlib.sha256((ROOT / "app/requirements.txt").read_bytes()).hexdigest()
+    (folder / ".venv-app/rn50-app-done").write_text(f"{folder} {pins}\n")
+    return folder
 
-    def __init__(self, model, scratch, *, source=ROOT / "app", **environment):
+
+class App:
+    """The page as tools/app.sh opens it, in a process of its own. uploads: what it holds of what it was sent."""
+
+    def __init__(self, model, scratch):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         self.url, self.scratch = f"http://127.0.0.1:{port}", scratch
         # nothing but the app and the system's own: the Space has no rn50
-        kept = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG")}
-        environment |= {"TMPDIR": str(scratch), "GRADIO_SERVER_PORT": str(port)} | kept
-        environment |= {"MODEL_DIR": str(model)} if model else {}
+        environment = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG")}
+        environment |= {"TMPDIR": str(scratch), "GRADIO_SERVER_PORT": str(port)}
         self.home, self.log, self._contacted = scratch / "home", scratch / "app.log", scratch / "contacted"
         (scratch / "watch").mkdir()
         (scratch / "watch/sitecustomize.py").write_text(WATCH)
         self.home.mkdir()
         environment |= {"HOME": self.home, "PYTHONPATH": scratch / "watch", "CONTACTED": self._contacted}
         with open(self.log, "w") as log:
-            self.process = subprocess.Popen(
-                [APP_PYTHON, source / "app.py"], env=environment, cwd=scratch, stdout=log, stderr=subprocess.STDOUT
-            )
+            command = ["bash", link_checkout(scratch / "checkout") / "tools/app.sh", model]
+            self.process = subprocess.Popen(command, env=environment, cwd=scratch, stdout=log, stderr=subprocess.STDOUT)
         deadline = time.monotonic() + 90
         while True:
             assert self.process.poll() is None, self.log.read_text()
