@@ -167,7 +167,7 @@ def test_a_repeated_launch_makes_nothing_twice(cloud_account):
     with pytest.raises(RunError, match=f"{first['InstanceId']} is running"):
         launch(cloud_account)
     cloud_account.ec2.terminate_instances(InstanceIds=[first["InstanceId"]])
-    with pytest.raises(RunError, match="resume --run demo"):
+    with pytest.raises(RunError, match=f"resume --bucket {BUCKET} --run demo"):
         launch(cloud_account)
     second = launch(cloud_account, run="other")
     assert second["InstanceId"] != first["InstanceId"]
@@ -398,7 +398,9 @@ def test_status_shows_progress_dollars_and_the_last_lines(cloud_account, capsys)
     assert "forecast: top-1 78.2 % at 224 px, $4.50 in all" in out
     cloud_account.ec2.terminate_instances(InstanceIds=[instance["InstanceId"]])
     ec2.main(["status", "--bucket", BUCKET])
-    assert "it was taken away: go on with tools/ec2.py resume --run demo" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "it was taken away: go on with " in said
+    assert f"python tools/ec2.py resume --bucket {BUCKET} --run demo\n" in said
 
 
 def test_stop_waits_for_the_checkpoint_and_terminates(cloud_account, capsys, monkeypatch):
@@ -442,6 +444,17 @@ def test_resume_keeps_the_budget_over_all_instances(cloud_account):
     put(cloud_account, "rn50/runs/demo/status.json", {"status": "finished", "reason": "all epochs are done", "step": 9})
     with pytest.raises(RunError, match="is finished"):
         ec2.main(resume)
+
+
+def test_a_launch_that_died_before_it_noted_its_instance_is_not_asked_for_again(cloud_account):
+    """EC2 gives the old instance, terminated, for a token that it knows."""
+    first = launch(cloud_account)
+    record = json.loads(cloud_account.s3.get_object(Bucket=BUCKET, Key="rn50/runs/demo/launch.json")["Body"].read())
+    put(cloud_account, "rn50/runs/demo/launch.json", record | {"instance_id": None})
+    report(cloud_account, first, hours=1)
+    cloud_account.ec2.terminate_instances(InstanceIds=[first["InstanceId"]])
+    ec2.main(["resume", "--bucket", BUCKET, "--run", "demo", "--ami", IMAGE, "--yes"])
+    assert only_instance(cloud_account)["ClientToken"] != first["ClientToken"]
 
 
 def test_clean_lists_first_and_removes_everything_that_is_tagged(cloud_account, capsys, monkeypatch):
@@ -618,12 +631,16 @@ def test_staging_says_what_is_not_there_or_does_not_fit(cloud_account, tmp_path,
 # --- The page: its commands are these ---------------------------------------------------------------------------------
 
 
-def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, capsys):
-    page = (ROOT / "docs" / "ec2.md").read_text().replace("BUCKET", BUCKET)
-    blocks = re.findall(r"```\n(.*?)```", page, re.S)
+@pytest.mark.parametrize(
+    ("page", "actions"),
+    [("docs/ec2.md", "doctor launch status stop resume fetch clean"), ("README.md", "doctor launch status clean")],
+)
+def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, capsys, page, actions):
+    text = (ROOT / page).read_text().replace("BUCKET", BUCKET)
+    blocks = re.findall(r"```\n(.*?)```", text, re.S)
     lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
-    commands = [words[2:] for words in lines if words[:2] == ["python", "tools/ec2.py"]]
-    assert [words[0] for words in commands] == ["doctor", "launch", "status", "stop", "resume", "fetch", "clean"]
+    commands = [words[2:] for words in lines if words[1:2] == ["tools/ec2.py"]]
+    assert [words[0] for words in commands] == actions.split()
     for name in ("train_400.beton", "train_400.json", "val_400.beton", "val_400.json"):
         put(cloud_account, f"rn50/betons/{name}", b"x")
     stub(monkeypatch, cloud_account, {"service-quotas": quota(8.0), "ssm": with_image(cloud_account)})
@@ -633,8 +650,21 @@ def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, ca
     monkeypatch.chdir(tmp_path)
     for words in commands:
         ec2.main(words)
-    assert (tmp_path / "runs" / "rn50_78" / "launch.json").exists()
+    assert (tmp_path / "runs" / "rn50_78" / "launch.json").exists() == ("fetch" in actions)
     assert alive(cloud_account) == []
+
+
+def test_the_first_launch_that_the_page_advises_is_not_refused(cloud_account, monkeypatch, capsys):
+    """A small budget for the whole recipe: refused without the setting that docs/ec2.md gives with it, not with it."""
+    page = (ROOT / "docs" / "ec2.md").read_text()
+    advice = re.search(r"`(--budget 2 [^`]*)`", page)[1].split()
+    flags = ["launch", "--bucket", BUCKET, "--config", "rn50_configs/rn50_78.yaml", "--instance", "g5.xlarge"]
+    flags += ["--ami", IMAGE, "--commit", "HEAD", "--yes"]
+    with pytest.raises(RunError, match="is projected to cost"):
+        ec2.main([*flags, "--budget", "2"])
+    ec2.main([*flags, *advice])
+    assert "budget $2.00" in capsys.readouterr().out
+    assert len(alive(cloud_account)) == 1
 
 
 # --- The supervisor by itself: how each end of a training is taken ----------------------------------------------------
@@ -980,7 +1010,7 @@ def test_a_spot_instance_that_is_taken_away_costs_nothing_but_time(cloud_account
         capsys.readouterr()
         ec2.main(["status", "--bucket", BUCKET])
         out = capsys.readouterr().out
-        assert "go on with tools/ec2.py resume --run demo" in out
+        assert f"tools/ec2.py resume --bucket {BUCKET} --run demo" in out
         assert re.search(r"last command: interrupted \(EC2 spot notice .*\) at step \d+", out)
         assert re.search(r"epoch 1 of 2|no epoch is done yet", out)
 

@@ -243,7 +243,7 @@ def launch(aws, args):
     refuse_second(aws, run)
     if before and before["instance_id"]:
         raise RunError(
-            f"{run} was launched before ({before['instance_id']}): go on with it by tools/ec2.py resume --run {run}, "
+            f"{run} was launched before ({before['instance_id']}): go on with it by {command(aws, 'resume', run)}, "
             "or give this one another --run"
         )
     for setting in args.set:
@@ -272,8 +272,9 @@ def resume(aws, args):
     refuse_second(aws, args.run)
     found = store.read("status.json") or {}
     if found.get("status") == "finished":
-        raise RunError(f"{args.run} is finished: get it with: tools/ec2.py fetch --run {args.run}")
-    record["attempt"] += bool(record["instance_id"])
+        raise RunError(f"{args.run} is finished: get it with: {command(aws, 'fetch', args.run)}")
+    # an instance that reported counts, too: its launch may have died before it could write the id
+    record["attempt"] = max(record["attempt"] + bool(record["instance_id"]), len(store.instances()) + 1)
     record["instance_id"] = None
     record["budget"] = args.budget or record["budget"]
     record["instance"] = args.instance or record["instance"]
@@ -315,12 +316,17 @@ def start(aws, args, store, record, config):
         reason = explain_any(error)
         there = ", ".join(aws.made) or "nothing new"
         raise RunError(
-            f"{reason}. There is now: {there}. Repeat the command to go on, or remove it with: "
-            f"tools/ec2.py clean --bucket {aws.bucket}"
+            f"{reason}. There is now: {there}. Repeat the command to go on, or remove it with: {command(aws, 'clean')}"
         ) from None
     print(f"{instance['InstanceId']} starts in {instance['Placement']['AvailabilityZone']}. Next:")
-    print(f"  watch    python tools/ec2.py status --bucket {aws.bucket} --run {record['run']}")
+    print(f"  watch    {command(aws, 'status', record['run'])}")
     print(f"  a shell  aws ssm start-session --target {instance['InstanceId']} --region {aws.region}")
+
+
+def command(where, action, run=None):
+    """What to type next, whole. where: what has `bucket`."""
+    python = ".venv/bin/python" if Path(sys.prefix) == ROOT / ".venv" else "python"
+    return f"{python} tools/ec2.py {action} --bucket {where.bucket}" + (f" --run {run}" if run else "")
 
 
 def explain_any(error):
@@ -638,8 +644,8 @@ def refuse_second(aws, run):
     alive = instances_of(aws, run)
     if alive:
         raise RunError(
-            f"{run} has an instance already: {alive[0]['InstanceId']} is {alive[0]['State']['Name']}; see tools/ec2.py "
-            f"status --run {run}"
+            f"{run} has an instance already: {alive[0]['InstanceId']} is {alive[0]['State']['Name']}; see "
+            f"{command(aws, 'status', run)}"
         )
 
 
@@ -663,7 +669,7 @@ def status_lines(store, record, alive, records, now):
         if state == "running" and now - last["seen"] > cloud.LOST_SECONDS:
             yield "warning: it runs but does not report: look with aws ssm start-session, or end it with stop"
         if state == "gone" and last["state"] in ("staging", "staged", "training", "interrupted"):
-            yield f"it was taken away: go on with tools/ec2.py resume --run {record['run']}"
+            yield f"it was taken away: go on with {command(store, 'resume', record['run'])}"
     for name, state in states.items():
         if not last or name != last["instance_id"]:
             yield f"instance {name}: {state}, has not reported yet"
@@ -739,7 +745,7 @@ def stop(aws, args):
     else:
         print("it did not answer; terminating it. What the bucket has is the last mirrored checkpoint")
     aws.client("ec2").terminate_instances(InstanceIds=[i["InstanceId"] for i in alive])
-    print(f"terminated. Go on with: python tools/ec2.py resume --bucket {aws.bucket} --run {args.run}")
+    print(f"terminated. Go on with: {command(aws, 'resume', args.run)}")
 
 
 def fetch(aws, args):
