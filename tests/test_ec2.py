@@ -321,8 +321,27 @@ def test_doctor_says_what_to_do_about_each_problem(cloud_account, monkeypatch, c
     out = capsys.readouterr().out
     assert "--quota-code L-DB2E81BA --desired-value 4 --region us-east-1" in out
     assert "aws s3 mb s3://not-there --region us-east-1" in out
-    assert "PROBLEM  image" in out
-    assert "PROBLEM  betons" in out
+    assert "PROBLEM  image: us-east-1 does not say which image is the newest: name one of that region with --ami" in out
+    assert "PROBLEM  betons: AWS refuses ListObjectsV2 (NoSuchBucket)" in out
+
+
+def test_doctor_knows_other_regions_images_networks_and_empty_buckets(cloud_account, monkeypatch, capsys):
+    stub(monkeypatch, cloud_account, {"service-quotas": quota(8.0)})
+    for subnet in cloud_account.ec2.describe_subnets()["Subnets"]:
+        cloud_account.ec2.delete_subnet(SubnetId=subnet["SubnetId"])
+    flags = ["doctor", "--bucket", BUCKET, "--ami", "ami-00000000"]
+    with pytest.raises(RunError, match="4 of these must be solved"):
+        ec2.main([*flags, "--instance", "g9.huge"])
+    out = capsys.readouterr().out
+    assert "PROBLEM  region: us-east-1 has no g9.huge; choose another --region" in out
+    assert "PROBLEM  image: there is no image ami-00000000 in us-east-1: name one of that region with --ami" in out
+    assert "PROBLEM  network: the default VPC of us-east-1 has no subnet: make one with: aws ec2 create-def" in out
+    assert "PROBLEM  betons: there is no train_*.beton under rn50/betons/; upload what write_dataset.py made" in out
+    for vpc in cloud_account.ec2.describe_vpcs()["Vpcs"]:
+        cloud_account.ec2.delete_vpc(VpcId=vpc["VpcId"])
+    with pytest.raises(RunError, match="4 of these must be solved"):
+        ec2.main([*flags, "--instance", "g9.huge"])
+    assert "aws ec2 create-default-vpc --region us-east-1" in capsys.readouterr().out
 
 
 def test_doctor_without_credentials_or_region(monkeypatch, moto, capsys, tmp_path):

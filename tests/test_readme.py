@@ -27,7 +27,7 @@ import write_dataset  # noqa: F401 - declares its settings
 from rn50 import config
 from tests import commands, tiny_model
 from tests.conftest import ROOT
-from tests.test_packaging import SETUP_INPUTS
+from tests.test_packaging import SETUP_INPUTS, lock
 
 README = (ROOT / "README.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -473,3 +473,15 @@ def test_the_map_names_nothing_that_is_not_there():
         if re.search(r"\.(py|sh|yaml|yml|json|ipynb|css|js|md|txt|toml|lock|c)$", name):
             found = subprocess.run(["git", "ls-files", name, f"**/{name}"], cwd=ROOT, capture_output=True, text=True)
             assert found.stdout, f"there is no {name}"
+
+
+def test_the_architecture_names_every_module():
+    page = (ROOT / "docs/architecture.md").read_text()
+    for path in (ROOT / "rn50").glob("[a-z]*.py"):
+        assert re.search(rf"\b{path.stem}\b", page), path.stem
+
+
+def test_the_versions_that_were_tested_are_those_that_are_installed():
+    names = {"PyTorch": "torch", "torchvision": "torchvision", "FFCV": "ffcv", "NumPy": "numpy", "numba": "numba"}
+    told = dict(re.findall(rf"({'|'.join(names)})\s+(\d+\.\d+\.\d+)", README))
+    assert {names[name]: version for name, version in told.items()} == {name: lock()[name] for name in names.values()}

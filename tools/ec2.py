@@ -209,12 +209,21 @@ def vcpus_of(instance):
 
 def find_image(aws, args):
     """The image to start: --ami, or the newest Deep Learning Base image; a dict of EC2's."""
-    ami = args.ami
+    ami, ssm, ec2 = args.ami, aws.client("ssm"), aws.client("ec2")
+    advice = "name one of that region with --ami: a Deep Learning Base AMI with NVIDIA's driver, Ubuntu 24.04, x86"
     if ami is None:
-        ami = aws.client("ssm").get_parameter(Name=AMI_PARAMETER)["Parameter"]["Value"]
-    found = aws.client("ec2").describe_images(ImageIds=[ami])["Images"]
+        try:
+            ami = ssm.get_parameter(Name=AMI_PARAMETER)["Parameter"]["Value"]
+        except ssm.exceptions.ParameterNotFound:
+            raise RunError(f"{aws.region} does not say which image is the newest: {advice}") from None
+    try:
+        found = ec2.describe_images(ImageIds=[ami])["Images"]
+    except ec2.exceptions.ClientError as error:
+        if not error.response["Error"]["Code"].startswith("InvalidAMIID"):
+            raise
+        found = []
     if not found:
-        raise RunError(f"there is no image {ami} in {aws.region}")
+        raise RunError(f"there is no image {ami} in {aws.region}: {advice}")
     return found[0]
 
 
@@ -228,7 +237,10 @@ def subnets(aws):
         )
     found = ec2.describe_subnets(Filters=[{"Name": "vpc-id", "Values": [vpcs[0]["VpcId"]]}])["Subnets"]
     if not found:
-        raise RunError(f"the default VPC of {aws.region} has no subnet: aws ec2 create-default-subnet")
+        raise RunError(
+            f"the default VPC of {aws.region} has no subnet: make one with: aws ec2 create-default-subnet "
+            f"--availability-zone {aws.region}a --region {aws.region}"
+        )
     return {subnet["AvailabilityZone"]: subnet for subnet in found}
 
 
