@@ -25,6 +25,7 @@ from torch.distributed.run import parse_args as torchrun_arguments
 import train_imagenet
 import write_dataset  # noqa: F401 - declares its settings
 from rn50 import config
+from rn50.errors import UsageError
 from tests import commands, tiny_model
 from tests.conftest import ROOT
 from tests.test_packaging import SETUP_INPUTS, lock
@@ -126,6 +127,22 @@ def test_a_command_is_understood_by_its_program(command, monkeypatch):
     # the config of a run, in place of one that is not there yet
     words = [word.replace("runs/rn50_78/", "docs/results/imagenette_cpu/") for word in words]
     understand(words, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ".venv/bin/python tools/plan_run.py --budget 25 --goal 78",
+        ".venv/bin/python train_imagenet.py --config-file rn50_configs/rn50_78.yaml --training.epoch=3",
+        ".venv/bin/python train_imagenet.py --config-file rn50_configs/rn50_17_epochs.yaml",
+        ".venv/bin/torchrun --nproc_per_node=3 train_imagenet.py --config-file rn50_configs/rn50_16_epochs.yaml",
+        ".venv/bin/python tools/ec2.py launch --config rn50_configs/rn50_78.yaml --budget 25",
+        "bash tools/train.sh",
+    ],
+)
+def test_a_command_that_is_wrong_is_not_understood(command, monkeypatch):
+    with pytest.raises((SystemExit, UsageError, AssertionError)):
+        understand(command.split(), monkeypatch)
 
 
 def readme_commands():
