@@ -145,6 +145,24 @@ def test_a_command_that_is_wrong_is_not_understood(command, monkeypatch):
         understand(command.split(), monkeypatch)
 
 
+def test_the_commands_of_the_other_pages_are_understood_too(monkeypatch):
+    """Not those of docs/results, which say what was typed then; `…` stands for what was said before."""
+    found = set()
+    for page in PAGES:
+        if "results" not in page.parts:
+            text = page.read_text().replace("\\\n", " ")
+            block = re.compile(r"^```\n(.*?)^```\n", re.M | re.S)
+            code = [line for lines in block.findall(text) for line in lines.splitlines()]
+            code += re.findall(r"`([^`]+)`", block.sub("", text))
+            found |= {" ".join(re.sub(r"(^|\s)#.*", "", line).split()) for line in code}
+    start = re.compile(r"(\.venv/bin/)?(python|torchrun|bash) (?!-c).*\.(py|sh)|tools/\w+\.py ")
+    found = sorted(line for line in found - set(COMMANDS) if start.match(line) and "…" not in line)
+    assert len(found) > 20
+    for line in found:
+        print(line)
+        understand(shlex.split(line), monkeypatch)
+
+
 def readme_commands():
     """Every command in blocks, tables and text once, each in one line without its comment."""
     found = []
@@ -175,7 +193,7 @@ def understand(words, monkeypatch, ranks=1):
         script = ROOT / words[0]
         assert os.access(script, os.X_OK)
         assert subprocess.run(["bash", "-n", script]).returncode == 0
-        assert len(words) == (2 if script.name == "app.sh" else 1)
+        assert script.name == "test.sh" or len(words) == (2 if script.name == "app.sh" else 1)
     elif Path(program).name == "torchrun":
         named = any(word.endswith(".py") for word in words)
         options = torchrun_arguments(words if named else [*words, "train_imagenet.py"])
