@@ -77,7 +77,15 @@ def call_name(model):
     return f"{model.service_model.service_name}:{model.name}"
 
 
+def put_betons(account, *sizes):
+    """What a launch looks for; nothing could be trained from it."""
+    for size in sizes:
+        for name in (f"{split}_{size}.{kind}" for split in ("train", "val") for kind in ("beton", "json")):
+            put(account, f"rn50/betons/{name}", b"x")
+
+
 def launch(account, *more, run="demo"):
+    put_betons(account, 64)
     ec2.main(["launch", *PLAN, "--ami", account.image, "--run", run, "--commit", "HEAD", *more])
     return only_instance(account)
 
@@ -137,17 +145,19 @@ def test_launch_makes_a_closed_encrypted_tagged_spot_instance(cloud_account, cap
 
 
 def test_the_plan_is_shown_and_nothing_is_made_without_a_yes(cloud_account, monkeypatch, capsys):
+    put_betons(cloud_account, 64)
     monkeypatch.setattr("builtins.input", lambda question: "no")
     flags = [flag for flag in PLAN if flag != "--yes"]
     with pytest.raises(RunError, match="nothing was launched"):
         ec2.main(["launch", *flags, "--ami", cloud_account.image, "--commit", "HEAD"])
     assert "terminates itself" in capsys.readouterr().out
     assert alive(cloud_account) == []
-    assert cloud_account.s3.list_objects_v2(Bucket=BUCKET)["KeyCount"] == 0
+    assert cloud_account.s3.list_objects_v2(Bucket=BUCKET)["KeyCount"] == 4
     assert not cloud_account.calls & {"ec2:CreateSecurityGroup", "iam:CreateRole", "ec2:RunInstances"}
 
 
 def test_the_flagship_is_projected_before_it_is_paid_for(cloud_account, capsys):
+    put_betons(cloud_account, 400)
     flags = ["--bucket", BUCKET, "--config", "rn50_configs/rn50_78.yaml", "--budget", "25", "--yes"]
     ec2.main(["launch", *flags, "--ami", cloud_account.image, "--commit", "HEAD"])
     assert re.search(r"projected from published figures: \d+\.\d h, \$\d+\.\d\d", capsys.readouterr().out)
@@ -160,6 +170,27 @@ def test_a_run_that_is_projected_to_cost_more_than_its_budget_is_not_launched(cl
     ):
         ec2.main(["launch", *flags, "--ami", cloud_account.image, "--commit", "HEAD"])
     assert alive(cloud_account) == []
+
+
+def test_without_its_betons_a_run_is_not_launched(cloud_account):
+    put_betons(cloud_account, 64)
+    flags = [
+        "launch",
+        *PLAN[:2],
+        "--config",
+        "rn50_configs/rn50_78.yaml",
+        "--budget",
+        "25",
+        "--yes",
+        "--commit",
+        "HEAD",
+    ]
+    with pytest.raises(RunError, match=r"there is no train_400.beton under rn50/betons/; upload what write_dataset"):
+        ec2.main([*flags, "--ami", IMAGE])
+    with pytest.raises(RunError, match=r"there is no train_500.beton"):
+        ec2.main([*flags, "--ami", IMAGE, "--set", "data.rung=500"])
+    assert alive(cloud_account) == []
+    assert cloud_account.iam.list_roles()["Roles"] == []
 
 
 def test_a_repeated_launch_makes_nothing_twice(cloud_account):
@@ -304,8 +335,7 @@ def with_image(account):
 
 
 def test_doctor_passes_where_everything_is_there(cloud_account, monkeypatch, capsys):
-    for name in ("train_400.beton", "train_400.json", "val_400.beton", "val_400.json"):
-        put(cloud_account, f"rn50/betons/{name}", b"x")
+    put_betons(cloud_account, 400)
     stub(monkeypatch, cloud_account, {"service-quotas": quota(8.0), "ssm": with_image(cloud_account)})
     ec2.main(["doctor", "--bucket", BUCKET, "--instance", "g5.2xlarge", "--spot"])
     out = capsys.readouterr().out
@@ -660,8 +690,7 @@ def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, ca
     lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
     commands = [words[2:] for words in lines if words[1:2] == ["tools/ec2.py"]]
     assert [words[0] for words in commands] == actions.split()
-    for name in ("train_400.beton", "train_400.json", "val_400.beton", "val_400.json"):
-        put(cloud_account, f"rn50/betons/{name}", b"x")
+    put_betons(cloud_account, 400)
     stub(monkeypatch, cloud_account, {"service-quotas": quota(8.0), "ssm": with_image(cloud_account)})
     monkeypatch.setattr(ec2, "pinned_commit", lambda name: ec2.git("rev-parse", "HEAD").decode().strip())
     monkeypatch.setattr(ec2, "STOP_PATIENCE", 0.1)
@@ -675,6 +704,7 @@ def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, ca
 
 def test_the_first_launch_that_the_page_advises_is_not_refused(cloud_account, monkeypatch, capsys):
     """A small budget for the whole recipe: refused without the setting that docs/ec2.md gives with it, not with it."""
+    put_betons(cloud_account, 400)
     page = (ROOT / "docs" / "ec2.md").read_text()
     advice = re.search(r"`(--budget 2 [^`]*)`", page)[1].split()
     flags = ["launch", "--bucket", BUCKET, "--config", "rn50_configs/rn50_78.yaml", "--instance", "g5.xlarge"]
@@ -966,7 +996,9 @@ def test_a_set_up_that_fails_is_reported_and_switches_the_instance_off(cloud_acc
     with Metadata() as metadata:
         instance = launch(cloud_account, "--commit", committed(), *(f"--set={s}" for s in SETTINGS))
         machine = Machine(tmp_path / "one", user_data(cloud_account, instance), moto, metadata, instance["InstanceId"])
-        machine.start(status=1)  # there are no betons
+        for name in ("train_64.beton", "train_64.json"):
+            cloud_account.s3.delete_object(Bucket=BUCKET, Key=f"rn50/betons/{name}")
+        machine.start(status=1)
     assert machine.log("did").splitlines()[1:2] == ["shutdown -h now"]
     capsys.readouterr()
     ec2.main(["status", "--bucket", BUCKET])

@@ -197,10 +197,14 @@ def check_bucket(aws, args):
 
 
 def check_betons(aws, args):
+    found = betons(aws, None)
+    return f"{', '.join(name for name in found if name.endswith('.beton'))} ({sum(found.values()) / 1e9:.1f} GB)"
+
+
+def betons(aws, rung):
+    """{name: bytes} of what an instance will copy from the bucket; RunError where some of it is not there."""
     found = cloud.objects(aws.client("s3"), aws.bucket, f"{cloud.BETONS}/", strip=f"{cloud.BETONS}/")
-    names = cloud.wanted_betons(found, None)
-    total = sum(found[name] for name in names) / 1e9
-    return f"{', '.join(name for name in names if name.endswith('.beton'))} ({total:.1f} GB)"
+    return {name: found[name] for name in cloud.wanted_betons(found, rung)}
 
 
 def vcpus_of(instance):
@@ -312,6 +316,7 @@ def start(aws, args, store, record, config):
             f"the run is projected to cost ${projected:.2f} of a budget of ${record['budget']:.2f}, and the training "
             "would refuse to begin: give a higher --budget, a shorter recipe, or --set budget.allow_overrun=true"
         )
+    betons(aws, cloud.rung_of(record, config))  # a set-up that is paid for would end without them
     if not args.yes and input("Type yes to launch: ").strip() != "yes":
         raise RunError("nothing was launched")
     try:
