@@ -18,7 +18,6 @@ from rn50.errors import RunError, UsageError
 from rn50.run_log import read_rows, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "rn50_configs"
 CONFIDENT = 0.9
 
 
@@ -28,7 +27,7 @@ def main(argv=None):
     speeds, loader = costs.fit(table), costs.loader_rates(table)
     checked = costs.check(table)
     spread = costs.prediction_errors(checked)
-    recipes = [costs.read_recipe(CONFIGS / f"{name}.yaml") for name in table.recipe]
+    recipes = costs.read_recipes(table)
     candidates = [measured_machine(args.preflight)] if args.preflight else costs.machines(table, args.spot)
     if args.instance:
         candidates = [machine for machine in candidates if machine.name == args.instance]
