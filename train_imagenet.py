@@ -32,7 +32,7 @@ from rn50.config import choice, either, number, numbers, switch, text, whole
 from rn50.ema import EMA
 from rn50.errors import RunError, Stopped, UsageError
 from rn50.evaluate import evaluate, report_lines
-from rn50.forecast import forecast
+from rn50.forecast import forecast, label_warnings
 from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.mirror import Mirror
 from rn50.model import ARCHITECTURES, build_model
@@ -150,7 +150,10 @@ def evaluate_only(cfg):
     interruption.release_signals()
     run = build_run(cfg, Progress())
     restore_weights(run, checkpoint.load(cfg.training.checkpoint or run.folder / checkpoint.LAST))
-    report(run, final_evaluation(run))
+    results = final_evaluation(run)
+    report(run, results)
+    for warning in label_warnings([results[cfg.validation.headline_resolution]["single"]], class_names(run)):
+        run.warn(f"{warning['cause']}: {warning['text']}")
     distributed.shutdown()
 
 
@@ -238,7 +241,7 @@ def build_run(cfg, progress):
     torch.manual_seed(cfg.training.seed)
     network = build_model(
         arch=cfg.model.arch,
-        num_classes=train.rungs[max(train.rungs)].num_classes,
+        num_classes=train.info.num_classes,
         blurpool=cfg.model.blurpool,
         blur_maxpool=cfg.model.blur_maxpool,
         zero_init_last_bn=cfg.model.zero_init_last_bn,
@@ -535,8 +538,8 @@ def guard_money(run):
             run.folder,
             config=config.to_dict(cfg),
             progress=run.progress,
-            images=run.train.rungs[max(run.train.rungs)].num_samples,
-            validation_images=run.val.rungs[max(run.val.rungs)].num_samples,
+            images=run.train.info.num_samples,
+            validation_images=run.val.info.num_samples,
             dollars_per_hour=price * machines,
         )
         refusal, unknown = run.guard.refusal(
@@ -557,13 +560,19 @@ def guard_money(run):
 
 def outlook(run, row):
     """The forecast after an epoch's `row`; says what was not said after the one before."""
-    rows, classes = run.progress.rows, run.train.rungs[max(run.train.rungs)].num_classes
-    found = forecast([*rows, row], config.to_dict(run.cfg), classes=classes)
+    rows, classes = run.progress.rows, run.train.info.num_classes
+    found = forecast([*rows, row], config.to_dict(run.cfg), classes=classes, names=class_names(run))
     said = (rows[-1].get("forecast") or {}).get("warnings", []) if rows else []
     for warning in found["warnings"]:
         if warning["cause"] not in [earlier["cause"] for earlier in said]:
             run.warn(f"{warning['cause']}: {warning['text']}")
     return found
+
+
+def class_names(run):
+    """Wnids in label order, or None for files of stock FFCV, which do not say."""
+    classes = run.train.info.classes
+    return [names["wnid"] for names in classes] if classes else None
 
 
 def jitter(cfg, images, samples, epoch):
@@ -597,7 +606,8 @@ def evaluate_at(run, resolution, flip):
     distributed.share_buffers(network)
     with run.val.loader(side).batches(share, resolution) as batches:
         batches = until_stopped(run, batches, rounds)
-        return evaluate(network, batches, device=run.device, autocast=run.autocast, flip=flip)
+        classes = run.train.info.num_classes
+        return evaluate(network, batches, classes=classes, device=run.device, autocast=run.autocast, flip=flip)
 
 
 def until_stopped(run, batches, rounds):
@@ -691,7 +701,7 @@ def announce(run):
     cfg = run.cfg
     batch, micro = cfg.training.batch_size, cfg.training.micro_batch
     peak = schedules.peak_learning_rate(lr_per_256=cfg.lr.lr_per_256, batch_size=batch)
-    info = run.train.rungs[max(run.train.rungs)]
+    info = run.train.info
     accumulation = batch // (micro * run.world_size)
     run.say(
         f"{cfg.model.arch} on {run.device} in {dtype_name(run.precision)}, {info.num_samples} training images of "

@@ -7,13 +7,14 @@ import sys
 import time
 
 import pytest
+import torch
 
 from rn50 import budget, costs
 from rn50.errors import UsageError
 from rn50.progress import Progress
 from rn50.run_log import read_rows
 from tests.conftest import ROOT
-from tests.test_train_imagenet import assert_refused, command, run
+from tests.test_train_imagenet import TORCHRUN, assert_refused, command, run
 
 # A dollar for every tenth of a second: limits are reached within a test.
 PRICE = 36000
@@ -180,6 +181,19 @@ def test_a_run_stops_before_its_limit_and_goes_on_with_a_larger_one(betons, tmp_
     assert row["dollars_to_finish"] > row["dollars"]
     assert row["finish_time"] > time.time() + 3600
     assert f"${row['dollars_to_finish']:.2f} to finish" in output
+
+
+def test_two_ranks_stop_at_the_limit_together(betons, tmp_path):
+    given = {**LONG, "model__arch": "resnet18", "training__micro_batch": 20, "budget__allow_overrun": "true"}
+    torchrun = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+    result = run(betons, tmp_path, launcher=torchrun, **given, budget__max_dollars=STOPPING + 400)
+    # under torchrun, which starts whatever fails again
+    assert result.returncode == 0, result.stdout + result.stderr
+    status = json.loads((tmp_path / "small" / "status.json").read_text())
+    assert status["status"] == "budget"
+    assert status["step"] > 0
+    assert torch.load(tmp_path / "small" / "last.pt", weights_only=False)["step"] == status["step"]
+    assert 400 - 1 <= json.loads((tmp_path / "small" / "spend.json").read_text())["dollars"] < STOPPING + 400
 
 
 def test_a_pipe_that_is_closed_ends_a_command_without_a_traceback():
