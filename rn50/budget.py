@@ -103,7 +103,10 @@ class Guard(Meter):
             known = self._config["model"]["arch"] == "resnet50"
             projected = known and projected_hours(costs.recipe_of("this run", config), **machine)
             if not projected:
-                return None, "nothing is known of this network's speed on this machine: what it will cost is not known"
+                return (
+                    None,
+                    "nothing is known of this network's speed on this machine: what it will cost is said as it goes",
+                )
             needed, basis = self.cost(3600 * projected[0]), f"projected from published speeds, +-{projected[1]:.0%}"
         if self.dollars + needed + self.cost(STOP_SECONDS) <= self.max_dollars:
             return None, None
@@ -135,8 +138,14 @@ class Guard(Meter):
         seconds = self.seconds_to_finish()
         if seconds is None:
             return f"${self.dollars:.2f}"
+        progress = self._progress
+        if progress.epoch_step:
+            epoch = progress.epoch_seconds * progress.epoch_steps / progress.epoch_step
+        else:
+            epoch = progress.rows[-1]["train_seconds"] + progress.rows[-1]["val_seconds"]
         finish = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
-        return f"${self.dollars:.2f} spent, ${self.cost(seconds):.2f} to finish, {finish}"
+        paid = f"${self.dollars:.2f} spent, ${self.cost(epoch):.2f} an epoch"
+        return f"{paid}, ${self.cost(seconds):.2f} to finish, {finish}"
 
 
 def evaluations(epochs, validation):
