@@ -25,14 +25,14 @@ import torch
 from fastargs import Param, Section
 from torch.nn.parallel import DistributedDataParallel
 
-from rn50 import budget, checkpoint, config, costs, distributed, errors, interruption, loaders, schedules
+from rn50 import budget, checkpoint, config, distributed, errors, interruption, loaders, schedules
 from rn50.augment import color_jitter, jitter_factors, normalize
 from rn50.beton import fingerprint, refuse_others
 from rn50.config import choice, either, number, numbers, switch, text, whole
 from rn50.ema import EMA
 from rn50.errors import RunError, Stopped, UsageError
 from rn50.evaluate import evaluate, report_lines
-from rn50.forecast import forecast
+from rn50.forecast import forecast, label_warnings
 from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.mirror import Mirror
 from rn50.model import ARCHITECTURES, build_model
@@ -121,7 +121,6 @@ Section("budget", "Money").params(
 # What may differ when a run resumes: it changes where and how fast the run is, not what it computes.
 NOT_RECIPE = {"data.dir", "data.workers", "data.timeout_minutes", "training.device", "training.eval_only"}
 NOT_RECIPE |= {"training.checkpoint"}
-CONFIGS = Path(__file__).parent / "rn50_configs"
 RECIPE_SECTIONS = ("model", "training", "lr", "resolution", "data")
 # How long a finished run waits for room on a full disk, and one that fails for the checkpoint it is writing.
 DISK_PATIENCE, FAILURE_PATIENCE = 600.0, 30.0
@@ -151,7 +150,10 @@ def evaluate_only(cfg):
     interruption.release_signals()
     run = build_run(cfg, Progress())
     restore_weights(run, checkpoint.load(cfg.training.checkpoint or run.folder / checkpoint.LAST))
-    report(run, final_evaluation(run))
+    results = final_evaluation(run)
+    report(run, results)
+    for warning in label_warnings([results[cfg.validation.headline_resolution]["single"]], class_names(run)):
+        run.warn(f"{warning['cause']}: {warning['text']}")
     distributed.shutdown()
 
 
@@ -221,7 +223,7 @@ class Run:
     progress: Progress
     checkpoints: checkpoint.Writer | None = None
     mirror: Mirror | None = None
-    meter: budget.Meter | None = None  # on rank 0, where there is a price
+    guard: budget.Guard | None = None  # of the money, on rank 0, where there is a price
 
     def warn(self, message):
         self.say(f"warning: {message}")
@@ -239,7 +241,7 @@ def build_run(cfg, progress):
     torch.manual_seed(cfg.training.seed)
     network = build_model(
         arch=cfg.model.arch,
-        num_classes=train.rungs[max(train.rungs)].num_classes,
+        num_classes=train.info.num_classes,
         blurpool=cfg.model.blurpool,
         blur_maxpool=cfg.model.blur_maxpool,
         zero_init_last_bn=cfg.model.zero_init_last_bn,
@@ -326,7 +328,7 @@ def fit(run):
             progress.next_epoch()
             run.finite.skipped.zero_()  # not before: the checkpoint that comes before the evaluation counts them too
             if log:
-                row |= money(run, row) | {"forecast": outlook(run, row)}
+                row |= (run.guard.columns(row) if run.guard else {"dollars": None}) | {"forecast": outlook(run, row)}
                 log.add_epoch(row)
                 say_epoch(run, row)
             if last:
@@ -386,7 +388,7 @@ def stop_if_asked(run, in_a_row=0):
 
     in_a_row: how many steps in a row were left out, as far as this rank knows.
     """
-    spent = run.meter is not None and run.meter.spent()
+    spent = run.guard is not None and run.guard.spent()
     asked, spent, in_a_row = distributed.agree(int(interruption.reason() is not None), int(spent), in_a_row)
     if in_a_row >= run.finite.LIMIT:
         raise RunError(
@@ -404,9 +406,9 @@ def stop_if_asked(run, in_a_row=0):
 def save(run, *, last=False):
     """Have a checkpoint written, unless the newest steps were left out: what comes of that is not known yet."""
     if run.rank == 0 and (last or not run.finite.in_a_row.item()):
-        if run.meter:
-            run.progress.dollars = run.meter.dollars
-            run.meter.write()
+        if run.guard:
+            run.progress.dollars = run.guard.dollars
+            run.guard.write()
         run.checkpoints.put(state(run))
 
 
@@ -502,7 +504,7 @@ def status_line(run, rate):
     loss = float(progress.loss_sum) / max(1, progress.epoch_step - run.finite.skipped.item())
     speed = progress.epoch_step * run.cfg.training.batch_size / progress.epoch_seconds
     waiting = progress.waiting_seconds / progress.epoch_seconds
-    paid = f", {money_words(run)}" if run.meter else ""
+    paid = f", {run.guard}" if run.guard else ""
     return f"loss {loss:.3f}, lr {rate:.4f}, {speed:.0f} img/s, {waiting:.0%} waiting{paid}"
 
 
@@ -514,7 +516,7 @@ def say_epoch(run, row):
     run.say(
         f"epoch {row['epoch'] + 1}/{run.cfg.training.epochs}  {row['resolution']} px  loss {row['train_loss']:.3f}"
         f"{accuracy}  {row['images_per_second']:.0f} img/s  {row['data_wait_fraction']:.0%} waiting for data  "
-        f"{row['train_seconds']:.0f} s" + (f"  {money_words(run)}" if run.meter else "")
+        f"{row['train_seconds']:.0f} s" + (f"  {run.guard}" if run.guard else "")
     )
     if row["skipped_steps"]:
         run.warn(f"{row['skipped_steps']} steps of it were left out: their loss or gradient was not finite")
@@ -532,14 +534,23 @@ def guard_money(run):
     refusal = None
     if run.rank == 0:
         machines = -(-run.world_size // distributed.ranks_on_this_node())
-        run.meter = budget.Meter(
+        run.guard = budget.Guard(
             run.folder,
+            config=config.to_dict(cfg),
+            progress=run.progress,
+            images=run.train.info.num_samples,
+            validation_images=run.val.info.num_samples,
             dollars_per_hour=price * machines,
-            max_dollars=cfg.budget.max_dollars,
-            before=run.progress.dollars,
         )
-        if cfg.budget.max_dollars is not None and not run.meter.spent():
-            refusal = overrun(run)
+        refusal, unknown = run.guard.refusal(
+            rung=loaders.training_rung(run.train.rungs, cfg.resolution.end, cfg.data.rung),
+            gpu_name=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None,
+            gpus=run.world_size,
+            vcpus=distributed.cores(),
+            memory_gib=loaders.memory_bytes() / 2**30,
+        )
+        if unknown:
+            run.say(unknown)
     refusal = distributed.from_rank_0(refusal)
     if refusal and not cfg.budget.allow_overrun:
         raise UsageError(f"{refusal}; budget.allow_overrun=true begins it nevertheless and stops at the limit")
@@ -547,82 +558,10 @@ def guard_money(run):
         run.warn(refusal)
 
 
-def overrun(run):
-    """Why the rest of the schedule is projected to cost more than is left, or None."""
-    limit, spent, seconds = run.cfg.budget.max_dollars, run.meter.dollars, seconds_to_finish(run)
-    if seconds is not None:
-        needed, basis = run.meter.cost(seconds), "at the pace of this run so far"
-    else:
-        machine = {key: getattr(run.cfg.budget, key) for key in ("instance", "spot")} | machine_here(run)
-        projected = run.cfg.model.arch == "resnet50" and budget.projected_hours(planned(run), **machine)
-        if not projected:
-            run.say("nothing is known of this network's speed on this machine: what it will cost is said as it goes")
-            return None
-        needed, basis = run.meter.cost(3600 * projected[0]), f"projected from published speeds, +-{projected[1]:.0%}"
-    if spent + needed + run.meter.cost(budget.STOP_SECONDS) <= limit:
-        return None
-    message = f"budget.max_dollars={limit:g} is less than ${spent:.2f} spent and ${needed:.2f} to finish ({basis})"
-    if seconds is None:
-        recipes = [costs.read_recipe(CONFIGS / f"{name}.yaml") for name in costs.read_table().recipe]
-        fits = budget.largest_that_fits(
-            recipes,
-            lambda recipe: budget.projected_hours(recipe, **machine)[0],
-            run.meter.dollars_per_hour,
-            limit - spent,
-        )
-        message += f"; the largest recipe that fits: {fits[0]}, ${fits[1]:.2f}" if fits else "; no recipe fits"
-    return message
-
-
-def machine_here(run):
-    info, val = run.train.rungs[max(run.train.rungs)], run.val.rungs[max(run.val.rungs)]
-    return {
-        "images": info.num_samples,
-        "validation_images": val.num_samples,
-        "gpu_name": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None,
-        "gpus": run.world_size,
-        "vcpus": distributed.cores(),
-        "memory_gib": loaders.memory_bytes() / 2**30,
-    }
-
-
-def planned(run):
-    """The run as the cost model sees it."""
-    cfg, validation = run.cfg, run.cfg.validation
-    return costs.recipe(
-        name=cfg.logging.run_name,
-        epochs=cfg.training.epochs,
-        micro_batch=cfg.training.micro_batch,
-        resolution=vars(cfg.resolution),
-        rung=loaders.training_rung(run.train.rungs, cfg.resolution.end, cfg.data.rung),
-        resolutions=validation.resolutions,
-        headline_resolution=validation.headline_resolution,
-        headline_view=validation.headline_view,
-        every=validation.every,
-    )
-
-
-def seconds_to_finish(run, rows=None):
-    """At the measured pace; None before the first step. rows: the log, where it is not progress.rows."""
-    cfg, progress, validation = run.cfg, run.progress, run.cfg.validation
-    epochs, one = cfg.training.epochs, (validation.headline_resolution, 1 + (validation.headline_view == "flip"))
-    evaluations = [[one] if (epoch + 1) % validation.every == 0 else [] for epoch in range(epochs - 1)]
-    return budget.seconds_to_finish(
-        resolutions=[epoch_resolution(cfg, epoch) for epoch in range(epochs)],
-        evaluations=[*evaluations, [(px, 2) for px in validation.resolutions]],
-        rows=progress.rows if rows is None else rows,
-        epoch=progress.epoch,
-        epoch_share=progress.epoch_step / progress.epoch_steps,
-        epoch_seconds=progress.epoch_seconds,
-        images=run.train.rungs[max(run.train.rungs)].num_samples,
-        validation_images=run.val.rungs[max(run.val.rungs)].num_samples,
-    )
-
-
 def outlook(run, row):
     """The forecast after an epoch's `row`; says what was not said after the one before."""
-    rows, classes = run.progress.rows, run.train.rungs[max(run.train.rungs)].num_classes
-    found = forecast([*rows, row], config.to_dict(run.cfg), classes=classes)
+    rows, classes = run.progress.rows, run.train.info.num_classes
+    found = forecast([*rows, row], config.to_dict(run.cfg), classes=classes, names=class_names(run))
     said = (rows[-1].get("forecast") or {}).get("warnings", []) if rows else []
     for warning in found["warnings"]:
         if warning["cause"] not in [earlier["cause"] for earlier in said]:
@@ -630,25 +569,10 @@ def outlook(run, row):
     return found
 
 
-def money(run, row):
-    """The columns of an epoch's `row` that a price adds."""
-    if not run.meter:
-        return {"dollars": None}
-    seconds = seconds_to_finish(run, [*run.progress.rows, row])
-    return {
-        "dollars": round(run.meter.dollars, 4),
-        "dollars_epoch": round(run.meter.cost(row["train_seconds"] + row["val_seconds"]), 4),
-        "dollars_to_finish": round(run.meter.cost(seconds), 4),
-        "finish_time": round(time.time() + seconds),
-    }
-
-
-def money_words(run):
-    seconds = seconds_to_finish(run)
-    if seconds is None:
-        return f"${run.meter.dollars:.2f}"
-    finish = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
-    return f"${run.meter.dollars:.2f} spent, ${run.meter.cost(seconds):.2f} to finish, {finish}"
+def class_names(run):
+    """Wnids in label order, or None for files of stock FFCV, which do not say."""
+    classes = run.train.info.classes
+    return [names["wnid"] for names in classes] if classes else None
 
 
 def jitter(cfg, images, samples, epoch):
@@ -682,7 +606,8 @@ def evaluate_at(run, resolution, flip):
     distributed.share_buffers(network)
     with run.val.loader(side).batches(share, resolution) as batches:
         batches = until_stopped(run, batches, rounds)
-        return evaluate(network, batches, device=run.device, autocast=run.autocast, flip=flip)
+        classes = run.train.info.num_classes
+        return evaluate(network, batches, classes=classes, device=run.device, autocast=run.autocast, flip=flip)
 
 
 def until_stopped(run, batches, rounds):
@@ -776,7 +701,7 @@ def announce(run):
     cfg = run.cfg
     batch, micro = cfg.training.batch_size, cfg.training.micro_batch
     peak = schedules.peak_learning_rate(lr_per_256=cfg.lr.lr_per_256, batch_size=batch)
-    info = run.train.rungs[max(run.train.rungs)]
+    info = run.train.info
     accumulation = batch // (micro * run.world_size)
     run.say(
         f"{cfg.model.arch} on {run.device} in {dtype_name(run.precision)}, {info.num_samples} training images of "

@@ -14,7 +14,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-from rn50 import costs
+from rn50 import costs, schedules
 from rn50.errors import UsageError
 from rn50.run_log import write_atomically
 
@@ -58,6 +58,101 @@ class Meter:
         while True:
             self.write()
             time.sleep(WRITE_SECONDS)
+
+
+class Guard(Meter):
+    """The meter of a run that also knows the schedule, and so what the rest of it will cost.
+
+    config: the run's, a nested dict. progress: its rn50.progress.Progress, read whenever something is asked.
+    images, validation_images: how many there are in the betons. dollars_per_hour: of all machines together.
+    """
+
+    def __init__(self, folder, *, config, progress, images, validation_images, dollars_per_hour):
+        limit = config["budget"].get("max_dollars")
+        super().__init__(folder, dollars_per_hour=dollars_per_hour, max_dollars=limit, before=progress.dollars)
+        self._config, self._progress = config, progress
+        self._counts = {"images": images, "validation_images": validation_images}
+
+    def seconds_to_finish(self, rows=None):
+        """At the measured pace; None before the first step. rows: the log, where it is not progress.rows."""
+        config, progress = self._config, self._progress
+        epochs = config["training"]["epochs"]
+        return seconds_to_finish(
+            resolutions=[schedules.resolution(epoch, **config["resolution"]) for epoch in range(epochs)],
+            evaluations=evaluations(epochs, config["validation"]),
+            rows=progress.rows if rows is None else rows,
+            epoch=progress.epoch,
+            epoch_share=progress.epoch_step / progress.epoch_steps,
+            epoch_seconds=progress.epoch_seconds,
+            **self._counts,
+        )
+
+    def refusal(self, *, rung, **machine):
+        """(why the rest of the schedule should not begin or None, what could not be projected or None).
+
+        rung: px of the training file. machine: gpu_name, gpus, vcpus and memory_gib of `projected_hours`.
+        """
+        if self.max_dollars is None or self.spent():
+            return None, None
+        seconds, given = self.seconds_to_finish(), self._config["budget"]
+        machine |= {"instance": given.get("instance"), "spot": given["spot"]} | self._counts
+        if seconds is not None:
+            needed, basis = self.cost(seconds), "at the pace of this run so far"
+        else:
+            config = self._config | {"data": {"rung": rung}}
+            known = self._config["model"]["arch"] == "resnet50"
+            projected = known and projected_hours(costs.recipe_of("this run", config), **machine)
+            if not projected:
+                return (
+                    None,
+                    "nothing is known of this network's speed on this machine: what it will cost is said as it goes",
+                )
+            needed, basis = self.cost(3600 * projected[0]), f"projected from published speeds, +-{projected[1]:.0%}"
+        if self.dollars + needed + self.cost(STOP_SECONDS) <= self.max_dollars:
+            return None, None
+        message = (
+            f"budget.max_dollars={self.max_dollars:g} is less than ${self.dollars:.2f} spent and ${needed:.2f} to "
+            f"finish ({basis})"
+        )
+        if seconds is None:
+            fits = largest_that_fits(
+                costs.read_recipes(costs.read_table()),
+                lambda recipe: projected_hours(recipe, **machine)[0],
+                self.dollars_per_hour,
+                self.max_dollars - self.dollars,
+            )
+            message += f"; the largest recipe that fits: {fits[0]}, ${fits[1]:.2f}" if fits else "; no recipe fits"
+        return message, None
+
+    def columns(self, row):
+        """What an epoch's row of the log gets: dollars so far, of this epoch and to finish, and when that will be."""
+        seconds = self.seconds_to_finish([*self._progress.rows, row])
+        return {
+            "dollars": round(self.dollars, 4),
+            "dollars_epoch": round(self.cost(row["train_seconds"] + row["val_seconds"]), 4),
+            "dollars_to_finish": round(self.cost(seconds), 4),
+            "finish_time": round(time.time() + seconds),
+        }
+
+    def __str__(self):
+        seconds = self.seconds_to_finish()
+        if seconds is None:
+            return f"${self.dollars:.2f}"
+        progress = self._progress
+        if progress.epoch_step:
+            epoch = progress.epoch_seconds * progress.epoch_steps / progress.epoch_step
+        else:
+            epoch = progress.rows[-1]["train_seconds"] + progress.rows[-1]["val_seconds"]
+        finish = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
+        paid = f"${self.dollars:.2f} spent, ${self.cost(epoch):.2f} an epoch"
+        return f"{paid}, ${self.cost(seconds):.2f} to finish, {finish}"
+
+
+def evaluations(epochs, validation):
+    """[(px, views)] of every epoch, from a config's section `validation`."""
+    one = [(validation["headline_resolution"], 2 if validation["headline_view"] == "flip" else 1)]
+    during = [one if (epoch + 1) % validation["every"] == 0 else [] for epoch in range(epochs - 1)]
+    return [*during, [(px, 2) for px in validation["resolutions"]]]
 
 
 def _written(path):

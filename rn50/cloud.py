@@ -96,6 +96,16 @@ def training_command(record, *, python, betons, gpus):
 # --- Betons from S3 to a local disk ----------------------------------------------------------------------------------
 
 
+def rung_of(record, config):
+    """data.rung of a launch record's run: a size, or None where all are needed. config: that of its file, a dict."""
+    for setting in reversed(record["settings"]):
+        if setting.startswith("data.rung="):
+            value = setting.partition("=")[2]
+            return int(value) if value.isdigit() else None
+    value = config.get("data", {}).get("rung")
+    return value if isinstance(value, int) else None
+
+
 def wanted_betons(names, rung):
     """Those of the files that a run needs: all sizes of val, and of train the one that its config names, or all."""
     size = rung or r"\d+"

@@ -19,6 +19,7 @@ from rn50 import schedules
 from rn50.errors import RunError, UsageError
 
 TABLE = Path(__file__).parent / "data" / "costs.csv"
+CONFIGS = Path(__file__).parents[1] / "rn50_configs"
 LOADER_BENCHMARK = Path(__file__).parents[1] / "docs" / "results" / "benchmark_loader" / "160px_1thread.json"
 # 80 % of a normal distribution lies within so many standard deviations.
 Z_80 = NormalDist().inv_cdf(0.9)
@@ -234,32 +235,17 @@ class Recipe:
     evaluated: list
 
 
-def recipe(*, name, epochs, micro_batch, resolution, rung, resolutions, headline_resolution, headline_view, every):
-    """`resolution`: the keys of rn50.schedules.resolution; `rung`: px; the rest as in a config's `validation`."""
-    views = 2 if headline_view == "flip" else 1
-    during = [(headline_resolution, views)] * ((epochs - 1) // every)
-    return Recipe(
-        name=name,
-        resolutions=[schedules.resolution(epoch, **resolution) for epoch in range(epochs)],
-        micro_batch=micro_batch,
-        rung=rung,
-        evaluated=during + [(px, 2) for px in resolutions],
-    )
-
-
 def recipe_of(name, config):
     """A config, as a nested dict, as a Recipe; KeyError where it lacks a key that its time depends on."""
-    validation = config["validation"]
-    return recipe(
+    epochs, validation = config["training"]["epochs"], config["validation"]
+    views = 2 if validation["headline_view"] == "flip" else 1
+    during = [(validation["headline_resolution"], views)] * ((epochs - 1) // validation["every"])
+    return Recipe(
         name=name,
-        epochs=config["training"]["epochs"],
+        resolutions=[schedules.resolution(epoch, **config["resolution"]) for epoch in range(epochs)],
         micro_batch=config["training"]["micro_batch"],
-        resolution=config["resolution"],
         rung=config["data"]["rung"],
-        resolutions=validation["resolutions"],
-        headline_resolution=validation["headline_resolution"],
-        headline_view=validation["headline_view"],
-        every=validation["every"],
+        evaluated=during + [(px, 2) for px in validation["resolutions"]],
     )
 
 
@@ -271,6 +257,11 @@ def read_recipe(path):
         raise RunError(f"cannot read {path}: {error.strerror}") from None
     except KeyError as error:
         raise UsageError(f"{path} does not give {error.args[0]}, which its time depends on") from None
+
+
+def read_recipes(table):
+    """The Recipe of each of the table's."""
+    return [read_recipe(CONFIGS / f"{name}.yaml") for name in table.recipe]
 
 
 @dataclass(frozen=True)

@@ -5,34 +5,39 @@ import torch
 from rn50 import distributed
 from rn50.augment import normalize
 from rn50.losses import cross_entropy
-from rn50.metrics import correct_in_top, wilson_interval
+from rn50.metrics import correct_in_top, exchanged_classes, wilson_interval
 
 
 @torch.inference_mode()
-def evaluate(model, batches, *, device, autocast, flip=False):
+def evaluate(model, batches, *, classes, device, autocast, flip=False):
     """Run `model` over `batches` of (uint8 images [N, 3, H, W], int64 labels [N]).
 
     With `flip`, a second set of figures is computed from the mean of the logits of each image and its mirror
     image, from the same pass over the data. Returns {view: {top1, top5 in %, top1_low, top1_high (95 %), val_loss
-    in nats, images}} with the views `single` and, if asked for, `flip`.
+    in nats, images}} with the views `single` and, if asked for, `flip`; and where rn50.metrics.exchanged_classes finds
+    any, `exchanged` in all views, from the single one.
     """
     model.eval()
     views = ("single", "flip") if flip else ("single",)
     # rows: views; columns: right in top 1, right in top 5, summed loss, images
     sums = torch.zeros(len(views), 4, dtype=torch.float64, device=device)
+    confusion = torch.zeros(classes * classes, dtype=torch.int64, device=device)
     for images, labels in batches:
         images = normalize(images.to(device, non_blocking=True))
         labels = labels.to(device, non_blocking=True)
         with autocast():
             logits = model(images)
             outputs = [logits, (logits + model(images.flip(3))) / 2] if flip else [logits]
+        confusion.index_add_(0, labels * classes + logits.argmax(1), torch.ones_like(labels))
         for row, output in zip(sums, outputs, strict=True):
             row[0] += correct_in_top(output, labels, 1)
             row[1] += correct_in_top(output, labels, 5)
             row[2] += cross_entropy(output, labels) * len(labels)
             row[3] += len(labels)
     distributed.total(sums)
-    return {view: _figures(*row) for view, row in zip(views, sums.tolist(), strict=True)}
+    exchanged = exchanged_classes(distributed.total(confusion).view(classes, classes))
+    found = {"exchanged": exchanged} if exchanged else {}
+    return {view: _figures(*row) | found for view, row in zip(views, sums.tolist(), strict=True)}
 
 
 def report_lines(results, *, headline):

@@ -31,6 +31,8 @@ LENGTHS = (12, 120)
 CLASSES = 1000
 # Peak per 256 images and weight decay of published ImageNet recipes from scratch: FFCV 0.106, classic 0.1, Mild 0.256.
 LR_PER_256, WEIGHT_DECAY = (0.05, 0.5), (2e-5, 3e-4)
+# Of other data, wider, around CIFAR's 0.2 and 1e-4 to 5e-4 (He et al. 2016; Zagoruyko and Komodakis 2016).
+OTHER_LR_PER_256, OTHER_WEIGHT_DECAY = (0.02, 1.0), (0.0, 2e-3)
 # Evaluation over last training resolution: FFCV 256 / 192, Mild 224 / 176, classic 224 / 224.
 EVALUATION_SCALE = (0.95, 1.5)
 # The curves are compared from epoch 3, where the warm-up is over, up to where resolution begins to rise.
@@ -117,15 +119,16 @@ def no_basis(config, *, classes):
     return None
 
 
-def forecast(rows, config, *, classes, curves=None):
+def forecast(rows, config, *, classes, names=None, curves=None):
     """{top1, spread, evaluation, basis, warnings} after the epochs in `rows` of log.jsonl.
 
     config: the run's, a nested dict as in config.yaml, because most of it matters. top1: expected at the end, in %,
     under `evaluation`; None where there is no basis, and `basis` says why. spread: see SPREAD; six runs cannot say how
-    often it holds. warnings: [{cause, text}]. curves: a Reference; None: of all published runs.
+    often it holds. warnings: [{cause, text}]. names: of the classes. curves: a Reference; None: of all published runs.
     """
     curves = curves or reference()
-    warnings = learning_rate_warnings(rows, config) + (config_warnings(config) if classes == CLASSES else [])
+    warnings = learning_rate_warnings(rows, config) + config_warnings(config, imagenet=classes == CLASSES)
+    warnings += label_warnings(rows, names)
     reason = no_basis(config, classes=classes)
     if reason is None and warnings:
         reason = f"the {warnings[0]['cause']} is not that of the published runs"
@@ -177,21 +180,37 @@ def curve_warnings(loss, top1):
     return []
 
 
-def config_warnings(config):
-    """What in the config is unlike every published recipe for ImageNet from scratch."""
+def config_warnings(config, *, imagenet):
+    """What in the config is unlike every published recipe from scratch, for ImageNet or for smaller sets."""
     found = []
+    rates, decays = (LR_PER_256, WEIGHT_DECAY) if imagenet else (OTHER_LR_PER_256, OTHER_WEIGHT_DECAY)
 
     def outside(value, limits, cause, text):
         if not limits[0] <= value <= limits[1]:
             found.append({"cause": cause, "text": f"{text}; published recipes have {limits[0]:g} to {limits[1]:g}"})
 
     peak, decay, validation = config["lr"]["lr_per_256"], config["training"]["weight_decay"], config["validation"]
-    outside(peak, LR_PER_256, "learning rate", f"lr.lr_per_256={peak:g}: is it scaled to the batch already?")
-    outside(decay, WEIGHT_DECAY, "weight decay", f"training.weight_decay={decay:g}")
+    outside(peak, rates, "learning rate", f"lr.lr_per_256={peak:g}: is it scaled to the batch already?")
+    outside(decay, decays, "weight decay", f"training.weight_decay={decay:g}")
     scale = validation["headline_resolution"] / config["resolution"]["end"]
     text = f"evaluation at {validation['headline_resolution']} px is {scale:.2f} times the last training resolution"
     outside(scale, EVALUATION_SCALE, "evaluation resolution", text)
     return found
+
+
+def label_warnings(rows, names):
+    """Classes that the newest evaluation found exchanged (rn50.metrics.exchanged_classes)."""
+    evaluated = [row for row in rows if row.get("top1") is not None]
+    rings = evaluated[-1].get("exchanged", []) if evaluated else []
+    if not rings:
+        return []
+    count = sum(len(ring) for ring in rings)
+    said = [" as ".join(str(names[label] if names else label) for label in [*ring, ring[0]]) for ring in rings[:3]]
+    text = (
+        f"{count} classes are recognised, but under other names ({', '.join(said)}{', ...' if rings[3:] else ''}): "
+        "the training images have other labels than the validation images"
+    )
+    return [{"cause": "labels", "text": text}]
 
 
 def learning_rate_warnings(rows, config):

@@ -126,6 +126,11 @@ class Ladder:
         self.rungs = find_rungs(folder, split)
         self._make_loader, self._loaders = make_loader, {}
 
+    @property
+    def info(self):
+        """The largest rung's; classes and number of images are the same in all."""
+        return self.rungs[max(self.rungs)]
+
     def loader(self, side):
         if side not in self._loaders:
             self._loaders[side] = self._make_loader(self.rungs[side])

@@ -42,7 +42,12 @@ def open_source(directory, split, cache=None):
     """
     from rn50 import imagenet
 
-    return (imagenet.find(directory, split, cache) or ImageFolderSource)(directory, split)
+    found = imagenet.find(directory, split, cache)
+    folder = os.path.join(str(directory), split)
+    if found is None and not os.path.exists(folder):
+        forms = "".join(f", or {form}" for form in imagenet.forms(split))
+        raise RunError(f"no images of {split} in {directory}: expected {folder}/<class>/<image>{forms}")
+    return (found or ImageFolderSource)(directory, split)
 
 
 def split_classes(directory, split):

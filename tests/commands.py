@@ -45,7 +45,7 @@ class Command:
         for rank in range(ranks):
             mine = common | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
             self._outputs.append(folder / f"output-{rank}-{time.monotonic_ns()}")
-            self.processes.append(context.Process(target=_enter, args=(argv, mine, self._outputs[-1], prepare)))
+            self.processes.append(context.Process(target=enter, args=(argv, mine, self._outputs[-1], prepare)))
             self.processes[-1].start()
 
     def __enter__(self):
@@ -80,7 +80,8 @@ class Command:
         return json.loads((self.folder / "status.json").read_text())
 
 
-def _enter(argv, environment, output, prepare):
+def enter(argv, environment, output, prepare=None):
+    """What a forked process does: train_imagenet.py with `argv`, its stdout and stderr in the file `output`."""
     os.environ.update(environment)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)

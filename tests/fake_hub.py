@@ -70,6 +70,11 @@ class Hub:
             def do_GET(self, head=False):
                 hub.requests.append(self.path)
                 path = unquote(self.path.split("?")[0])
+                if path == "/api/whoami-v2":
+                    if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                        return self.answer(401, {"error": "Invalid credentials"})
+                    token = {"displayName": "test", "role": "write"}
+                    return self.answer(200, {"type": "user", "name": "me", "auth": {"accessToken": token}})
                 asked = re.match(r"/api/(model|space)s/([^/]+/[^/]+)", path)
                 if asked and asked.groups() not in hub.repos:
                     return self.answer(404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})

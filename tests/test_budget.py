@@ -5,16 +5,16 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
 
 import pytest
+import torch
 
-import train_imagenet
 from rn50 import budget, costs
 from rn50.errors import UsageError
+from rn50.progress import Progress
 from rn50.run_log import read_rows
 from tests.conftest import ROOT
-from tests.test_train_imagenet import assert_refused, command, run
+from tests.test_train_imagenet import TORCHRUN, assert_refused, command, run
 
 # A dollar for every tenth of a second: limits are reached within a test.
 PRICE = 36000
@@ -106,7 +106,7 @@ def test_a_projection_is_the_plans_and_scales_with_the_data():
 
 
 def test_the_largest_recipe_that_fits_is_the_most_accurate():
-    recipes = [costs.read_recipe(ROOT / "rn50_configs" / f"{name}.yaml") for name in costs.read_table().recipe]
+    recipes = costs.read_recipes(costs.read_table())
     by_epochs = {"rn50_78": 15.0, "rn50_mild_36": 7.0, "rn50_16_epochs": 4.0}
 
     def hours_of(recipe):
@@ -123,13 +123,26 @@ def test_a_schedule_that_is_projected_to_cost_more_is_refused_with_one_that_fits
     assert not (tmp_path / "small" / "last.pt").exists()
 
 
-def test_what_is_left_after_a_resume_is_projected_at_the_runs_own_pace(monkeypatch):
-    monkeypatch.setattr(train_imagenet, "seconds_to_finish", lambda run: 3600.0)
-    meter = SimpleNamespace(dollars=4.0, cost=lambda seconds: 2 * seconds / 3600)
-    for limit, words in ((6.0, "$4.00 spent and $2.00 to finish (at the pace of this run so far)"), (6.1, None)):
-        run = SimpleNamespace(cfg=SimpleNamespace(budget=SimpleNamespace(max_dollars=limit)), meter=meter)
-        refusal = train_imagenet.overrun(run)
-        assert (words in refusal) if words else refusal is None
+def test_what_is_left_after_a_resume_is_projected_at_the_runs_own_pace(tmp_path):
+    progress = Progress(epoch=2, dollars=4.0)
+    progress.rows = [
+        {"epoch": epoch, "resolution": 64, "train_seconds": 1800.0, "val_seconds": 0.0} for epoch in (0, 1)
+    ]
+    config = {
+        "training": {"epochs": 4},
+        "resolution": {"start": 64, "end": 64, "start_ramp": 0, "end_ramp": 0, "multiple": 32},
+        "validation": {"every": 5, "resolutions": [], "headline_resolution": 64, "headline_view": "single"},
+    }
+    counts = {"images": 100, "validation_images": 100, "dollars_per_hour": 2.0}
+    for limit, refused in ((6.0, True), (6.0 + 2 * (budget.STOP_SECONDS + budget.process_age() + 60) / 3600, False)):
+        given = config | {"budget": {"max_dollars": limit, "spot": False}}
+        guard = budget.Guard(tmp_path / str(refused), config=given, progress=progress, **counts)
+        message, unknown = guard.refusal(rung=64, gpu_name=None, gpus=1, vcpus=2, memory_gib=8)
+        assert unknown is None
+        assert (message is not None) == refused
+        if message:
+            assert "and $2.00 to finish (at the pace of this run so far)" in message
+            assert "recipe" not in message
 
 
 def test_a_run_stops_before_its_limit_and_goes_on_with_a_larger_one(betons, tmp_path):
@@ -168,6 +181,19 @@ def test_a_run_stops_before_its_limit_and_goes_on_with_a_larger_one(betons, tmp_
     assert row["dollars_to_finish"] > row["dollars"]
     assert row["finish_time"] > time.time() + 3600
     assert f"${row['dollars_to_finish']:.2f} to finish" in output
+
+
+def test_two_ranks_stop_at_the_limit_together(betons, tmp_path):
+    given = {**LONG, "model__arch": "resnet18", "training__micro_batch": 20, "budget__allow_overrun": "true"}
+    torchrun = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
+    result = run(betons, tmp_path, launcher=torchrun, **given, budget__max_dollars=STOPPING + 400)
+    # under torchrun, which starts whatever fails again
+    assert result.returncode == 0, result.stdout + result.stderr
+    status = json.loads((tmp_path / "small" / "status.json").read_text())
+    assert status["status"] == "budget"
+    assert status["step"] > 0
+    assert torch.load(tmp_path / "small" / "last.pt", weights_only=False)["step"] == status["step"]
+    assert 400 - 1 <= json.loads((tmp_path / "small" / "spend.json").read_text())["dollars"] < STOPPING + 400
 
 
 def test_a_pipe_that_is_closed_ends_a_command_without_a_traceback():

@@ -1,5 +1,6 @@
 """A checkpoint is whole or not there, whatever happens while it is written."""
 
+import json
 import os
 import resource
 import signal
@@ -13,6 +14,7 @@ import torch
 
 from rn50 import checkpoint, interruption
 from rn50.errors import RunError, Stopped
+from tools import benchmark_checkpoint
 
 WRITER = """
 import sys, torch
@@ -166,3 +168,18 @@ def test_a_full_disk_is_said_once_tried_again_and_never_damages_what_is_there(tm
     writer.finish(30, required=True)
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 2
     assert "are written to" in warnings[-1]
+
+
+def test_the_benchmark_measures_what_a_checkpoint_costs(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "result.json"
+    words = ["--rounds", "1", "--batch", "2", "--size", "32", "--folder", str(tmp_path), "--json", str(out)]
+    monkeypatch.setattr(sys, "argv", ["benchmark_checkpoint.py", *words])
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    benchmark_checkpoint.main()
+    result = json.loads(out.read_text())
+    measured = result["measured"]
+    assert 300 < measured["checkpoint_megabytes"] < 320
+    assert 0 < measured["seconds_training_stands_still"] < measured["seconds_until_it_is_on_disk"]
+    assert result["projected_for_a_gpu"]["seconds_training_stands_still"] == pytest.approx(0.1, abs=0.01)
+    assert json.loads(capsys.readouterr().out) == result
+    assert list(tmp_path.iterdir()) == [out]

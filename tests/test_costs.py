@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 TABLE = costs.read_table()
 SPEEDS = costs.fit(TABLE)
 LOADER = costs.loader_rates(TABLE)
-RECIPES = {name: costs.read_recipe(ROOT / "rn50_configs" / f"{name}.yaml") for name in TABLE.recipe}
+RECIPES = {recipe.name: recipe for recipe in costs.read_recipes(TABLE)}
 MACHINES = {machine.name: machine for machine in costs.machines(TABLE, spot=False)}
 
 

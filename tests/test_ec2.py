@@ -77,7 +77,15 @@ def call_name(model):
     return f"{model.service_model.service_name}:{model.name}"
 
 
+def put_betons(account, *sizes):
+    """What a launch looks for; nothing could be trained from it."""
+    for size in sizes:
+        for name in (f"{split}_{size}.{kind}" for split in ("train", "val") for kind in ("beton", "json")):
+            put(account, f"rn50/betons/{name}", b"x")
+
+
 def launch(account, *more, run="demo"):
+    put_betons(account, 64)
     ec2.main(["launch", *PLAN, "--ami", account.image, "--run", run, "--commit", "HEAD", *more])
     return only_instance(account)
 
@@ -137,17 +145,19 @@ def test_launch_makes_a_closed_encrypted_tagged_spot_instance(cloud_account, cap
 
 
 def test_the_plan_is_shown_and_nothing_is_made_without_a_yes(cloud_account, monkeypatch, capsys):
+    put_betons(cloud_account, 64)
     monkeypatch.setattr("builtins.input", lambda question: "no")
     flags = [flag for flag in PLAN if flag != "--yes"]
     with pytest.raises(RunError, match="nothing was launched"):
         ec2.main(["launch", *flags, "--ami", cloud_account.image, "--commit", "HEAD"])
     assert "terminates itself" in capsys.readouterr().out
     assert alive(cloud_account) == []
-    assert cloud_account.s3.list_objects_v2(Bucket=BUCKET)["KeyCount"] == 0
+    assert cloud_account.s3.list_objects_v2(Bucket=BUCKET)["KeyCount"] == 4
     assert not cloud_account.calls & {"ec2:CreateSecurityGroup", "iam:CreateRole", "ec2:RunInstances"}
 
 
 def test_the_flagship_is_projected_before_it_is_paid_for(cloud_account, capsys):
+    put_betons(cloud_account, 400)
     flags = ["--bucket", BUCKET, "--config", "rn50_configs/rn50_78.yaml", "--budget", "25", "--yes"]
     ec2.main(["launch", *flags, "--ami", cloud_account.image, "--commit", "HEAD"])
     assert re.search(r"projected from published figures: \d+\.\d h, \$\d+\.\d\d", capsys.readouterr().out)
@@ -162,12 +172,33 @@ def test_a_run_that_is_projected_to_cost_more_than_its_budget_is_not_launched(cl
     assert alive(cloud_account) == []
 
 
+def test_without_its_betons_a_run_is_not_launched(cloud_account):
+    put_betons(cloud_account, 64)
+    flags = [
+        "launch",
+        *PLAN[:2],
+        "--config",
+        "rn50_configs/rn50_78.yaml",
+        "--budget",
+        "25",
+        "--yes",
+        "--commit",
+        "HEAD",
+    ]
+    with pytest.raises(RunError, match=r"there is no train_400.beton under rn50/betons/; upload what write_dataset"):
+        ec2.main([*flags, "--ami", IMAGE])
+    with pytest.raises(RunError, match=r"there is no train_500.beton"):
+        ec2.main([*flags, "--ami", IMAGE, "--set", "data.rung=500"])
+    assert alive(cloud_account) == []
+    assert cloud_account.iam.list_roles()["Roles"] == []
+
+
 def test_a_repeated_launch_makes_nothing_twice(cloud_account):
     first = launch(cloud_account)
     with pytest.raises(RunError, match=f"{first['InstanceId']} is running"):
         launch(cloud_account)
     cloud_account.ec2.terminate_instances(InstanceIds=[first["InstanceId"]])
-    with pytest.raises(RunError, match="resume --run demo"):
+    with pytest.raises(RunError, match=f"resume --bucket {BUCKET} --run demo"):
         launch(cloud_account)
     second = launch(cloud_account, run="other")
     assert second["InstanceId"] != first["InstanceId"]
@@ -304,8 +335,7 @@ def with_image(account):
 
 
 def test_doctor_passes_where_everything_is_there(cloud_account, monkeypatch, capsys):
-    for name in ("train_400.beton", "train_400.json", "val_400.beton", "val_400.json"):
-        put(cloud_account, f"rn50/betons/{name}", b"x")
+    put_betons(cloud_account, 400)
     stub(monkeypatch, cloud_account, {"service-quotas": quota(8.0), "ssm": with_image(cloud_account)})
     ec2.main(["doctor", "--bucket", BUCKET, "--instance", "g5.2xlarge", "--spot"])
     out = capsys.readouterr().out
@@ -321,8 +351,27 @@ def test_doctor_says_what_to_do_about_each_problem(cloud_account, monkeypatch, c
     out = capsys.readouterr().out
     assert "--quota-code L-DB2E81BA --desired-value 4 --region us-east-1" in out
     assert "aws s3 mb s3://not-there --region us-east-1" in out
-    assert "PROBLEM  image" in out
-    assert "PROBLEM  betons" in out
+    assert "PROBLEM  image: us-east-1 does not say which image is the newest: name one of that region with --ami" in out
+    assert "PROBLEM  betons: AWS refuses ListObjectsV2 (NoSuchBucket)" in out
+
+
+def test_doctor_knows_other_regions_images_networks_and_empty_buckets(cloud_account, monkeypatch, capsys):
+    stub(monkeypatch, cloud_account, {"service-quotas": quota(8.0)})
+    for subnet in cloud_account.ec2.describe_subnets()["Subnets"]:
+        cloud_account.ec2.delete_subnet(SubnetId=subnet["SubnetId"])
+    flags = ["doctor", "--bucket", BUCKET, "--ami", "ami-00000000"]
+    with pytest.raises(RunError, match="4 of these must be solved"):
+        ec2.main([*flags, "--instance", "g9.huge"])
+    out = capsys.readouterr().out
+    assert "PROBLEM  region: us-east-1 has no g9.huge; choose another --region" in out
+    assert "PROBLEM  image: there is no image ami-00000000 in us-east-1: name one of that region with --ami" in out
+    assert "PROBLEM  network: the default VPC of us-east-1 has no subnet: make one with: aws ec2 create-def" in out
+    assert "PROBLEM  betons: there is no train_*.beton under rn50/betons/; upload what write_dataset.py made" in out
+    for vpc in cloud_account.ec2.describe_vpcs()["Vpcs"]:
+        cloud_account.ec2.delete_vpc(VpcId=vpc["VpcId"])
+    with pytest.raises(RunError, match="4 of these must be solved"):
+        ec2.main([*flags, "--instance", "g9.huge"])
+    assert "aws ec2 create-default-vpc --region us-east-1" in capsys.readouterr().out
 
 
 def test_doctor_without_credentials_or_region(monkeypatch, moto, capsys, tmp_path):
@@ -398,7 +447,9 @@ def test_status_shows_progress_dollars_and_the_last_lines(cloud_account, capsys)
     assert "forecast: top-1 78.2 % at 224 px, $4.50 in all" in out
     cloud_account.ec2.terminate_instances(InstanceIds=[instance["InstanceId"]])
     ec2.main(["status", "--bucket", BUCKET])
-    assert "it was taken away: go on with tools/ec2.py resume --run demo" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "it was taken away: go on with " in said
+    assert f"python tools/ec2.py resume --bucket {BUCKET} --run demo\n" in said
 
 
 def test_stop_waits_for_the_checkpoint_and_terminates(cloud_account, capsys, monkeypatch):
@@ -442,6 +493,17 @@ def test_resume_keeps_the_budget_over_all_instances(cloud_account):
     put(cloud_account, "rn50/runs/demo/status.json", {"status": "finished", "reason": "all epochs are done", "step": 9})
     with pytest.raises(RunError, match="is finished"):
         ec2.main(resume)
+
+
+def test_a_launch_that_died_before_it_noted_its_instance_is_not_asked_for_again(cloud_account):
+    """EC2 gives the old instance, terminated, for a token that it knows."""
+    first = launch(cloud_account)
+    record = json.loads(cloud_account.s3.get_object(Bucket=BUCKET, Key="rn50/runs/demo/launch.json")["Body"].read())
+    put(cloud_account, "rn50/runs/demo/launch.json", record | {"instance_id": None})
+    report(cloud_account, first, hours=1)
+    cloud_account.ec2.terminate_instances(InstanceIds=[first["InstanceId"]])
+    ec2.main(["resume", "--bucket", BUCKET, "--run", "demo", "--ami", IMAGE, "--yes"])
+    assert only_instance(cloud_account)["ClientToken"] != first["ClientToken"]
 
 
 def test_clean_lists_first_and_removes_everything_that_is_tagged(cloud_account, capsys, monkeypatch):
@@ -618,14 +680,17 @@ def test_staging_says_what_is_not_there_or_does_not_fit(cloud_account, tmp_path,
 # --- The page: its commands are these ---------------------------------------------------------------------------------
 
 
-def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, capsys):
-    page = (ROOT / "docs" / "ec2.md").read_text().replace("BUCKET", BUCKET)
-    blocks = re.findall(r"```\n(.*?)```", page, re.S)
+@pytest.mark.parametrize(
+    ("page", "actions"),
+    [("docs/ec2.md", "doctor launch status stop resume fetch clean"), ("README.md", "doctor launch status clean")],
+)
+def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, capsys, page, actions):
+    text = (ROOT / page).read_text().replace("BUCKET", BUCKET)
+    blocks = re.findall(r"```\n(.*?)```", text, re.S)
     lines = [line.partition("#")[0].split() for block in blocks for line in block.splitlines()]
-    commands = [words[2:] for words in lines if words[:2] == ["python", "tools/ec2.py"]]
-    assert [words[0] for words in commands] == ["doctor", "launch", "status", "stop", "resume", "fetch", "clean"]
-    for name in ("train_400.beton", "train_400.json", "val_400.beton", "val_400.json"):
-        put(cloud_account, f"rn50/betons/{name}", b"x")
+    commands = [words[2:] for words in lines if words[1:2] == ["tools/ec2.py"]]
+    assert [words[0] for words in commands] == actions.split()
+    put_betons(cloud_account, 400)
     stub(monkeypatch, cloud_account, {"service-quotas": quota(8.0), "ssm": with_image(cloud_account)})
     monkeypatch.setattr(ec2, "pinned_commit", lambda name: ec2.git("rev-parse", "HEAD").decode().strip())
     monkeypatch.setattr(ec2, "STOP_PATIENCE", 0.1)
@@ -633,8 +698,22 @@ def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, ca
     monkeypatch.chdir(tmp_path)
     for words in commands:
         ec2.main(words)
-    assert (tmp_path / "runs" / "rn50_78" / "launch.json").exists()
+    assert (tmp_path / "runs" / "rn50_78" / "launch.json").exists() == ("fetch" in actions)
     assert alive(cloud_account) == []
+
+
+def test_the_first_launch_that_the_page_advises_is_not_refused(cloud_account, monkeypatch, capsys):
+    """A small budget for the whole recipe: refused without the setting that docs/ec2.md gives with it, not with it."""
+    put_betons(cloud_account, 400)
+    page = (ROOT / "docs" / "ec2.md").read_text()
+    advice = re.search(r"`(--budget 2 [^`]*)`", page)[1].split()
+    flags = ["launch", "--bucket", BUCKET, "--config", "rn50_configs/rn50_78.yaml", "--instance", "g5.xlarge"]
+    flags += ["--ami", IMAGE, "--commit", "HEAD", "--yes"]
+    with pytest.raises(RunError, match="is projected to cost"):
+        ec2.main([*flags, "--budget", "2"])
+    ec2.main([*flags, *advice])
+    assert "budget $2.00" in capsys.readouterr().out
+    assert len(alive(cloud_account)) == 1
 
 
 # --- The supervisor by itself: how each end of a training is taken ----------------------------------------------------
@@ -917,7 +996,9 @@ def test_a_set_up_that_fails_is_reported_and_switches_the_instance_off(cloud_acc
     with Metadata() as metadata:
         instance = launch(cloud_account, "--commit", committed(), *(f"--set={s}" for s in SETTINGS))
         machine = Machine(tmp_path / "one", user_data(cloud_account, instance), moto, metadata, instance["InstanceId"])
-        machine.start(status=1)  # there are no betons
+        for name in ("train_64.beton", "train_64.json"):
+            cloud_account.s3.delete_object(Bucket=BUCKET, Key=f"rn50/betons/{name}")
+        machine.start(status=1)
     assert machine.log("did").splitlines()[1:2] == ["shutdown -h now"]
     capsys.readouterr()
     ec2.main(["status", "--bucket", BUCKET])
@@ -980,7 +1061,7 @@ def test_a_spot_instance_that_is_taken_away_costs_nothing_but_time(cloud_account
         capsys.readouterr()
         ec2.main(["status", "--bucket", BUCKET])
         out = capsys.readouterr().out
-        assert "go on with tools/ec2.py resume --run demo" in out
+        assert f"tools/ec2.py resume --bucket {BUCKET} --run demo" in out
         assert re.search(r"last command: interrupted \(EC2 spot notice .*\) at step \d+", out)
         assert re.search(r"epoch 1 of 2|no epoch is done yet", out)
 

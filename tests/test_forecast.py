@@ -103,13 +103,25 @@ def test_a_run_unlike_the_reference_gets_no_number(section, key, value):
     assert str(value) in found["basis"]
 
 
-def test_other_data_gets_no_number_and_no_advice_on_imagenets_settings():
+def test_other_data_gets_no_number_and_wider_limits():
     config = config_of(32)
     config["training"]["weight_decay"] = 5e-4
     found = forecast.forecast(RUN[:3], config, classes=10)
     assert (found["top1"], found["warnings"]) == (None, [])
     assert "10 classes" in found["basis"]
     assert causes(RUN[:3], config) == ["weight decay"]
+    config["training"]["weight_decay"] = 5e-3
+    config["validation"]["headline_resolution"] = 100
+    assert causes(RUN[:3], config, classes=10) == ["weight decay", "evaluation resolution"]
+
+
+def test_exchanged_classes_are_named_until_an_evaluation_finds_none():
+    rows = [*RUN[:4], RUN[4] | {"exchanged": [[0, 2], [1, 3]]}, RUN[5] | {"top1": None}]
+    (warning,) = forecast.forecast(rows, config_of(32), classes=CLASSES, names=["n0", "n1", "n2", "n3"])["warnings"]
+    assert warning["cause"] == "labels"
+    assert "4 classes are recognised, but under other names (n0 as n2 as n0, n1 as n3 as n1)" in warning["text"]
+    assert "0 as 2 as 0" in forecast.forecast(rows, config_of(32), classes=CLASSES)["warnings"][0]["text"]
+    assert causes([*rows, RUN[6]], config_of(32)) == []
 
 
 def test_top1_of_another_evaluation_is_not_compared():

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -168,6 +169,19 @@ def test_refusals_of_the_hub_and_of_the_network_are_one_line(model, tmp_path):
         assert_refused(run(tmp_path, *base, hub=hub.url), "403")
         assert hub.repos["model", "me/net"] == [{}]  # nothing half-published
     assert_refused(run(tmp_path, *base), "could not be reached")
+
+
+def test_the_token_of_hf_auth_login_is_taken(model, tmp_path):
+    with Hub() as hub:
+        environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
+        environment = {name: value for name, value in environment.items() if name not in ("HF_TOKEN", "HF_TOKEN_PATH")}
+        # with the token as an option in place of the question, which needs a terminal
+        command = [sys.executable, Path(sys.prefix) / "bin" / "hf", "auth", "login", "--token", TOKEN]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stdout + done.stderr
+        done = run(tmp_path, "--model", model, "--repo", "me/net", hub=hub.url, token=None)
+        assert done.returncode == 0, done.stderr
+        assert len(hub.repos["model", "me/net"]) == 2
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path, model):

@@ -80,7 +80,7 @@ def test_the_digest_follows_the_listing_and_not_the_place(tmp_path):
 @pytest.mark.parametrize(
     ("files", "problem"),
     [
-        ([], "No such file"),
+        ([], "ILSVRC2012_img_train.tar, or ILSVRC/Data/CLS-LOC/train, or data/train-.*parquet"),
         (["train/readme.txt"], "no class folders"),
         (["train/a/1.jpg", "train/b/notes.txt"], "b holds no images"),
     ],

@@ -19,9 +19,10 @@ from fastargs import get_current_config
 from torch import nn
 
 import train_imagenet
-from rn50 import checkpoint, config
+from rn50 import checkpoint, config, export
 from rn50.errors import UsageError
 from rn50.run_log import read_rows
+from tests import tiny_model
 from tests.conftest import ROOT
 from tools import chaos
 
@@ -137,6 +138,25 @@ def test_eval_only_gives_the_figure_of_the_log_from_any_checkpoint(finished, bet
     assert headline(result.stdout) == pytest.approx(expected, abs=0.005)
     assert "EMA weights after epoch 3" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_eval_only_names_classes_with_other_labels_than_in_training(tiny_checkpoint, betons, textures, tmp_path):
+    state = checkpoint.load(tiny_checkpoint)
+    files = sorted((textures / "val").rglob("*.jpg"))
+    names = sorted(path.name for path in (textures / "val").iterdir())
+    learned = {names[2]: 5, names[5]: 2}
+    targets = torch.eye(10)[[learned.get(path.parent.name, names.index(path.parent.name)) for path in files]]
+    network = export.load_network(export.architecture(state), state["ema"]["model"])
+    images = torch.stack([torch.from_numpy(tiny_model.seen(path)) for path in files])
+    state["ema"]["model"].update(tiny_model.fit_classifier(network, images, targets))
+    checkpoint.save(tmp_path, state)
+    given = {"model__blurpool": "true", "model__blur_maxpool": "true", "training__checkpoint": tmp_path / "last.pt"}
+    given |= {"validation__resolutions": 64, "validation__headline_resolution": 64}
+    result = run(betons, tmp_path, training__eval_only="true", **given)
+    assert result.returncode == 0, result.stderr
+    assert (
+        f"warning: labels: 2 classes are recognised, but under other names ({names[2]} as {names[5]}" in result.stdout
+    )
 
 
 def test_repeating_a_finished_run_reports_and_trains_nothing(finished, betons):

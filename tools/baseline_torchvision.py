@@ -37,7 +37,8 @@ def main():
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     train, val = data_loaders(args)
-    network = build_model(arch="resnet50", num_classes=len(train.dataset.classes)).to(memory_format=torch.channels_last)
+    classes = len(train.dataset.classes)
+    network = build_model(arch="resnet50", num_classes=classes).to(memory_format=torch.channels_last)
     ema = EMA(network, half_life=args.ema_half_life)
     optimizer = build_optimizer(network, momentum=0.9, nesterov=True, weight_decay=args.weight_decay, decay="weights")
     spent, epoch, budget = 0.0, 0, 60 * args.cpu_minutes
@@ -84,7 +85,7 @@ def main():
             "total_cpu_seconds": round(spent, 3),
         }
         if spent >= budget:
-            row |= evaluate(ema.model, val, device=device, autocast=autocast)["single"]
+            row |= evaluate(ema.model, val, classes=classes, device=device, autocast=autocast)["single"]
         epoch += 1
         rows.append(row)
         write_atomically(out / "log.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

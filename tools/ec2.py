@@ -197,10 +197,14 @@ def check_bucket(aws, args):
 
 
 def check_betons(aws, args):
+    found = betons(aws, None)
+    return f"{', '.join(name for name in found if name.endswith('.beton'))} ({sum(found.values()) / 1e9:.1f} GB)"
+
+
+def betons(aws, rung):
+    """{name: bytes} of what an instance will copy from the bucket; RunError where some of it is not there."""
     found = cloud.objects(aws.client("s3"), aws.bucket, f"{cloud.BETONS}/", strip=f"{cloud.BETONS}/")
-    names = cloud.wanted_betons(found, None)
-    total = sum(found[name] for name in names) / 1e9
-    return f"{', '.join(name for name in names if name.endswith('.beton'))} ({total:.1f} GB)"
+    return {name: found[name] for name in cloud.wanted_betons(found, rung)}
 
 
 def vcpus_of(instance):
@@ -209,12 +213,21 @@ def vcpus_of(instance):
 
 def find_image(aws, args):
     """The image to start: --ami, or the newest Deep Learning Base image; a dict of EC2's."""
-    ami = args.ami
+    ami, ssm, ec2 = args.ami, aws.client("ssm"), aws.client("ec2")
+    advice = "name one of that region with --ami: a Deep Learning Base AMI with NVIDIA's driver, Ubuntu 24.04, x86"
     if ami is None:
-        ami = aws.client("ssm").get_parameter(Name=AMI_PARAMETER)["Parameter"]["Value"]
-    found = aws.client("ec2").describe_images(ImageIds=[ami])["Images"]
+        try:
+            ami = ssm.get_parameter(Name=AMI_PARAMETER)["Parameter"]["Value"]
+        except ssm.exceptions.ParameterNotFound:
+            raise RunError(f"{aws.region} does not say which image is the newest: {advice}") from None
+    try:
+        found = ec2.describe_images(ImageIds=[ami])["Images"]
+    except ec2.exceptions.ClientError as error:
+        if not error.response["Error"]["Code"].startswith("InvalidAMIID"):
+            raise
+        found = []
     if not found:
-        raise RunError(f"there is no image {ami} in {aws.region}")
+        raise RunError(f"there is no image {ami} in {aws.region}: {advice}")
     return found[0]
 
 
@@ -228,7 +241,10 @@ def subnets(aws):
         )
     found = ec2.describe_subnets(Filters=[{"Name": "vpc-id", "Values": [vpcs[0]["VpcId"]]}])["Subnets"]
     if not found:
-        raise RunError(f"the default VPC of {aws.region} has no subnet: aws ec2 create-default-subnet")
+        raise RunError(
+            f"the default VPC of {aws.region} has no subnet: make one with: aws ec2 create-default-subnet "
+            f"--availability-zone {aws.region}a --region {aws.region}"
+        )
     return {subnet["AvailabilityZone"]: subnet for subnet in found}
 
 
@@ -243,7 +259,7 @@ def launch(aws, args):
     refuse_second(aws, run)
     if before and before["instance_id"]:
         raise RunError(
-            f"{run} was launched before ({before['instance_id']}): go on with it by tools/ec2.py resume --run {run}, "
+            f"{run} was launched before ({before['instance_id']}): go on with it by {command(aws, 'resume', run)}, "
             "or give this one another --run"
         )
     for setting in args.set:
@@ -272,8 +288,9 @@ def resume(aws, args):
     refuse_second(aws, args.run)
     found = store.read("status.json") or {}
     if found.get("status") == "finished":
-        raise RunError(f"{args.run} is finished: get it with: tools/ec2.py fetch --run {args.run}")
-    record["attempt"] += bool(record["instance_id"])
+        raise RunError(f"{args.run} is finished: get it with: {command(aws, 'fetch', args.run)}")
+    # an instance that reported counts, too: its launch may have died before it could write the id
+    record["attempt"] = max(record["attempt"] + bool(record["instance_id"]), len(store.instances()) + 1)
     record["instance_id"] = None
     record["budget"] = args.budget or record["budget"]
     record["instance"] = args.instance or record["instance"]
@@ -299,6 +316,7 @@ def start(aws, args, store, record, config):
             f"the run is projected to cost ${projected:.2f} of a budget of ${record['budget']:.2f}, and the training "
             "would refuse to begin: give a higher --budget, a shorter recipe, or --set budget.allow_overrun=true"
         )
+    betons(aws, cloud.rung_of(record, config))  # a set-up that is paid for would end without them
     if not args.yes and input("Type yes to launch: ").strip() != "yes":
         raise RunError("nothing was launched")
     try:
@@ -315,12 +333,17 @@ def start(aws, args, store, record, config):
         reason = explain_any(error)
         there = ", ".join(aws.made) or "nothing new"
         raise RunError(
-            f"{reason}. There is now: {there}. Repeat the command to go on, or remove it with: "
-            f"tools/ec2.py clean --bucket {aws.bucket}"
+            f"{reason}. There is now: {there}. Repeat the command to go on, or remove it with: {command(aws, 'clean')}"
         ) from None
     print(f"{instance['InstanceId']} starts in {instance['Placement']['AvailabilityZone']}. Next:")
-    print(f"  watch    python tools/ec2.py status --bucket {aws.bucket} --run {record['run']}")
+    print(f"  watch    {command(aws, 'status', record['run'])}")
     print(f"  a shell  aws ssm start-session --target {instance['InstanceId']} --region {aws.region}")
+
+
+def command(where, action, run=None):
+    """What to type next, whole. where: what has `bucket`."""
+    python = ".venv/bin/python" if Path(sys.prefix) == ROOT / ".venv" else "python"
+    return f"{python} tools/ec2.py {action} --bucket {where.bucket}" + (f" --run {run}" if run else "")
 
 
 def explain_any(error):
@@ -638,8 +661,8 @@ def refuse_second(aws, run):
     alive = instances_of(aws, run)
     if alive:
         raise RunError(
-            f"{run} has an instance already: {alive[0]['InstanceId']} is {alive[0]['State']['Name']}; see tools/ec2.py "
-            f"status --run {run}"
+            f"{run} has an instance already: {alive[0]['InstanceId']} is {alive[0]['State']['Name']}; see "
+            f"{command(aws, 'status', run)}"
         )
 
 
@@ -663,7 +686,7 @@ def status_lines(store, record, alive, records, now):
         if state == "running" and now - last["seen"] > cloud.LOST_SECONDS:
             yield "warning: it runs but does not report: look with aws ssm start-session, or end it with stop"
         if state == "gone" and last["state"] in ("staging", "staged", "training", "interrupted"):
-            yield f"it was taken away: go on with tools/ec2.py resume --run {record['run']}"
+            yield f"it was taken away: go on with {command(store, 'resume', record['run'])}"
     for name, state in states.items():
         if not last or name != last["instance_id"]:
             yield f"instance {name}: {state}, has not reported yet"
@@ -739,7 +762,7 @@ def stop(aws, args):
     else:
         print("it did not answer; terminating it. What the bucket has is the last mirrored checkpoint")
     aws.client("ec2").terminate_instances(InstanceIds=[i["InstanceId"] for i in alive])
-    print(f"terminated. Go on with: python tools/ec2.py resume --bucket {aws.bucket} --run {args.run}")
+    print(f"terminated. Go on with: {command(aws, 'resume', args.run)}")
 
 
 def fetch(aws, args):

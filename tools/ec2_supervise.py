@@ -34,7 +34,8 @@ def main():
     if args.action == "stage":
         reporter.beat("staging")
         client = store.client
-        cloud.stage(client, store.bucket, args.betons, rung=rung_of(record), say=say)
+        rung = cloud.rung_of(record, yaml.safe_load((ROOT / record["config"]).read_text()))
+        cloud.stage(client, store.bucket, args.betons, rung=rung, say=say)
         reporter.beat("staged")
     elif args.action == "train":
         train(store, reporter, record, args.betons)
@@ -179,17 +180,6 @@ def count_gpus():
     except FileNotFoundError:
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-
-
-def rung_of(record):
-    """data.rung of the run: a size, or None where the ladder is needed."""
-    for setting in reversed(record["settings"]):
-        if setting.startswith("data.rung="):
-            value = setting.partition("=")[2]
-            return int(value) if value.isdigit() else None
-    config = yaml.safe_load((ROOT / record["config"]).read_text())
-    value = config.get("data", {}).get("rung")
-    return value if isinstance(value, int) else None
 
 
 def seconds_up():

@@ -13,12 +13,13 @@ import math
 import os
 from pathlib import Path
 
+import yaml
+
 from rn50 import costs, errors
 from rn50.errors import RunError, UsageError
 from rn50.run_log import read_rows, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "rn50_configs"
 CONFIDENT = 0.9
 
 
@@ -28,7 +29,7 @@ def main(argv=None):
     speeds, loader = costs.fit(table), costs.loader_rates(table)
     checked = costs.check(table)
     spread = costs.prediction_errors(checked)
-    recipes = [costs.read_recipe(CONFIGS / f"{name}.yaml") for name in table.recipe]
+    recipes = costs.read_recipes(table)
     candidates = [measured_machine(args.preflight)] if args.preflight else costs.machines(table, args.spot)
     if args.instance:
         candidates = [machine for machine in candidates if machine.name == args.instance]
@@ -287,15 +288,9 @@ def proposal(rows, args):
     """One page of Markdown that asks for AWS credits: what for, how sure, on what evidence."""
     best = rows[0]
     benchmark = {row["name"]: row for row in json.loads(costs.LOADER_BENCHMARK.read_text())["results"]}
-    imagenette = read_rows(ROOT / "docs" / "results" / "imagenette_cpu" / "log.jsonl")
-    shown = [row for row in imagenette if "top1" in row]
-    validation = "96 px, single view" if shown else ""
-    measured = (
-        f"- Measured: ResNet-50 from scratch on Imagenette on a CPU, {shown[-1]['top1']:.1f} % top-1 at {validation}\n"
-        "  (docs/results/imagenette_cpu).\n"
-        if shown
-        else ""
-    )
+    results = ROOT / "docs" / "results" / "imagenette_cpu"
+    imagenette = read_rows(results / "log.jsonl")[-1]["top1"]
+    px = yaml.safe_load((results / "config.yaml").read_text(encoding="utf-8"))["validation"]["headline_resolution"]
     spelled = ", ".join(f"{name} {value:.1f}" for name, value in best["hours_by_part"].items())
     price = "spot" if args.spot else "on demand"
     asked = max(25, 5 * math.ceil(1.5 * best["dollars_high"] / 5))
@@ -319,14 +314,19 @@ validation images) and publish the code, the log, the cost and the weights.
 
 - Projected: hours and dollars from published throughput, top-1 from published results (`tools/plan_run.py`; every
   figure with its source in `rn50/data/costs.csv`). Basis: {best["basis"]}.
-{measured}- Measured: our loader gives {benchmark["rn50"]["images_per_second"]:.0f} images/s on one thread, stock FFCV \
+- Measured: ResNet-50 from scratch on Imagenette (ten classes) on a CPU, {imagenette:.1f} % top-1 at {px} px, single \
+view
+  (docs/results/imagenette_cpu).
+- Measured: our loader gives {benchmark["rn50"]["images_per_second"]:.0f} images/s on one thread, stock FFCV \
 {benchmark["ffcv"]["images_per_second"]:.0f} (docs/results/benchmark_loader).
 - Not yet: no ImageNet run has been made with this code.
 
 **Risks, and what we do about them.**
 
 - The machine is slower than projected: `tools/preflight.py` measures ten minutes first and says go or no-go.
-- The run goes wrong: it evaluates after every epoch; we look after the first third and stop what looks wrong.
+- The run goes wrong: it is evaluated after every epoch, says when something looks wrong (docs/recipes.md says what it
+  notices), and we look after the first third.
+- It costs more than projected: it writes a checkpoint and stops before its limit in dollars.
 - Interruption: a run continues from its last checkpoint when the command is repeated.
 - The price or quota changes: prices are those of rn50/data/costs.csv; a quota of {best["vcpus"]} vCPU is needed.
 

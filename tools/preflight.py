@@ -251,18 +251,7 @@ def staging_speed(source, folder):
 
 def revise(table, cfg, report, rungs, budget):
     """Hours and dollars from what was measured, and go or no-go with the reasons."""
-    validation = cfg.validation
-    recipe = costs.recipe(
-        name=report["config"],
-        epochs=cfg.training.epochs,
-        micro_batch=cfg.training.micro_batch,
-        resolution=vars(cfg.resolution),
-        rung=max(rungs),
-        resolutions=validation.resolutions,
-        headline_resolution=validation.headline_resolution,
-        headline_view=validation.headline_view,
-        every=validation.every,
-    )
+    recipe = costs.recipe_of(report["config"], config.to_dict(cfg) | {"data": {"rung": max(rungs)}})
     machine = costs.measured_machine(report)
     images = {**table.constant["images_train"], "value": float(max(info.num_samples for info in rungs.values()))}
     table = dataclasses.replace(table, constant={**table.constant, "images_train": images})
