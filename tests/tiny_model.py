@@ -165,7 +165,8 @@ class App:
         call = f"{self.url}/gradio_api/call/{endpoint}"
         event = requests.post(call, json=body, timeout=60).json()["event_id"]
         answer = requests.get(f"{call}/{event}", timeout=60).text
-        return re.fullmatch(r"event: (\w+)\ndata: (.*)\n\n", answer, re.DOTALL).groups()
+        # heartbeats come before it where it takes long
+        return re.fullmatch(r"event: (\w+)\ndata: (.*)", answer.strip().split("\n\n")[-1]).groups()
 
     def predict(self, path):
         return self.ask(self.upload(path))
