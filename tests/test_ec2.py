@@ -906,13 +906,20 @@ cd "$(sed -n 's/^WorkingDirectory=//p' "$unit")" || exit 1
     echo "restart" >>"$RN50_PREFIX/did"
 done) &
 """
-# What the aws command of the image does for the user data.
+# What the aws command of the image does for the user data; at first the instance's role is not known yet.
 AWS = """#!{python}
-import sys, boto3
+import pathlib, sys, boto3
 source, target = sys.argv[4:6]
-bucket, _, key = source.removeprefix("s3://").partition("/")
 assert sys.argv[1:4] == ["s3", "cp", "--only-show-errors"]
-boto3.client("s3").download_file(bucket, key, target)
+tried = pathlib.Path(__file__).with_name("tried")
+if not tried.exists():
+    tried.touch()
+    sys.exit("fatal error: Unable to locate credentials")
+bucket, _, key = (target if target.startswith("s3://") else source).removeprefix("s3://").partition("/")
+if target.startswith("s3://"):
+    boto3.client("s3").upload_file(source, bucket, key)
+else:
+    boto3.client("s3").download_file(bucket, key, target)
 """
 
 
@@ -1007,15 +1014,20 @@ def test_a_set_up_that_fails_is_reported_and_switches_the_instance_off(cloud_acc
     assert "  | error: there is no train_64.beton under rn50/betons/" in out
 
 
-def test_code_that_is_not_what_was_pinned_is_not_run(cloud_account, moto, tmp_path):
+def test_code_that_is_not_what_was_pinned_is_not_run(cloud_account, moto, tmp_path, capsys):
     with Metadata() as metadata:
         instance = launch(cloud_account)
         (key,) = (e["Key"] for e in cloud_account.s3.list_objects_v2(Bucket=BUCKET, Prefix="rn50/code/")["Contents"])
         put(cloud_account, key, b"something else")
         machine = Machine(tmp_path / "one", user_data(cloud_account, instance), moto, metadata, instance["InstanceId"])
         machine.start(status=1)
-    assert "checksum did NOT match" in machine.log("var/log/rn50-bootstrap.log")
+    log = machine.log("var/log/rn50-bootstrap.log")
+    assert "Unable to locate credentials" in log  # and tried again
+    assert "checksum did NOT match" in log
     assert machine.log("did").splitlines()[-1] == "shutdown -h +1"
+    capsys.readouterr()
+    ec2.main(["status", "--bucket", BUCKET])
+    assert "checksum did NOT match" in capsys.readouterr().out
     assert not (tmp_path / "one" / "opt" / "rn50" / "tools").exists()
 
 

@@ -606,14 +606,23 @@ exec >>"$prefix/var/log/rn50-bootstrap.log" 2>&1
 @VALUES@
 # whatever happens, the machine is gone when the budget is spent: switching off terminates it
 shutdown -h "+$RN50_MINUTES"
-trap 'shutdown -h +1' ERR
+failed() {
+    aws s3 cp --only-show-errors "$prefix/var/log/rn50-bootstrap.log" \
+        "s3://$RN50_BUCKET/rn50/runs/$RN50_RUN/rn50-bootstrap.log" || true
+    shutdown -h +1
+}
+trap failed ERR
 metadata=${AWS_EC2_METADATA_SERVICE_ENDPOINT:-http://169.254.169.254}
 token=$(curl -sSf -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 300' "$metadata/latest/api/token")
 RN50_INSTANCE=$(curl -sSf -H "X-aws-ec2-metadata-token: $token" "$metadata/latest/meta-data/instance-id")
 export RN50_INSTANCE
 env | grep -E '^(RN50_(BUCKET|RUN|COMMIT|CODE_SHA256|INSTANCE|MINUTES)|AWS_DEFAULT_REGION)=' >"$prefix/etc/rn50.env"
 archive=$prefix/opt/rn50.tar.gz
-aws s3 cp --only-show-errors "s3://$RN50_BUCKET/rn50/code/$RN50_COMMIT.tar.gz" "$archive"
+# a role that was made just now is not known everywhere at once
+for _ in {1..12}; do
+    aws s3 cp --only-show-errors "s3://$RN50_BUCKET/rn50/code/$RN50_COMMIT.tar.gz" "$archive" && break
+    sleep "${RN50_POLL_SECONDS:-10}"
+done
 echo "$RN50_CODE_SHA256  $archive" | sha256sum --check --quiet
 tar -xzf "$archive" -C "$prefix/opt/rn50"
 bash "$prefix/opt/rn50/tools/ec2_bootstrap.sh"
