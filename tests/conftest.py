@@ -58,22 +58,11 @@ def app(exported, tmp_path_factory):
     running.close()
 
 
-@pytest.fixture(scope="session")
-def browser():
-    """Headless Chromium."""
-    programs = tiny_model.chromium()
-    if not programs:
-        pytest.skip("no chromium and chromedriver; run: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
-    yield driver
-    driver.quit()
+def pytest_collection_modifyitems(items):
+    """What pytest-xdist must give to one process: a file, and all that shares the exported network."""
+    for item in items:
+        shared = {"tiny_checkpoint", "exported", "app"} & set(item.fixturenames)
+        item.add_marker(pytest.mark.xdist_group("the page" if shared else item.path.name))
 
 
 def pytest_sessionfinish(session, exitstatus):

@@ -18,4 +18,6 @@ fi
 if command -v shellcheck >/dev/null; then
     shellcheck tools/*.sh .ci/run
 fi
-exec .venv/bin/python -m pytest -q "$@"
+# Two tests at a time on two cores; each alone would wait for processes much of its time.
+export OMP_NUM_THREADS=1
+exec .venv/bin/python -m pytest -q -n auto --maxprocesses=4 --dist=loadgroup "$@"
