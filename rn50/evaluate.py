@@ -5,7 +5,7 @@ import torch
 from rn50 import distributed
 from rn50.augment import normalize
 from rn50.losses import cross_entropy
-from rn50.metrics import correct_in_top, exchanged_classes, wilson_interval
+from rn50.metrics import correct_in_top, renamed_classes, wilson_interval
 
 
 @torch.inference_mode()
@@ -14,8 +14,8 @@ def evaluate(model, batches, *, classes, device, autocast, flip=False):
 
     With `flip`, a second set of figures is computed from the mean of the logits of each image and its mirror
     image, from the same pass over the data. Returns {view: {top1, top5 in %, top1_low, top1_high (95 %), val_loss
-    in nats, images}} with the views `single` and, if asked for, `flip`; and where rn50.metrics.exchanged_classes finds
-    any, `exchanged` in all views, from the single one.
+    in nats, images}} with the views `single` and, if asked for, `flip`; and where rn50.metrics.renamed_classes finds
+    any, `renamed` in all views, from the single one.
     """
     model.eval()
     views = ("single", "flip") if flip else ("single",)
@@ -35,8 +35,8 @@ def evaluate(model, batches, *, classes, device, autocast, flip=False):
             row[2] += cross_entropy(output, labels) * len(labels)
             row[3] += len(labels)
     distributed.total(sums)
-    exchanged = exchanged_classes(distributed.total(confusion).view(classes, classes))
-    found = {"exchanged": exchanged} if exchanged else {}
+    renamed = renamed_classes(distributed.total(confusion).view(classes, classes))
+    found = {"renamed": renamed} if renamed else {}
     return {view: _figures(*row) | found for view, row in zip(views, sums.tolist(), strict=True)}
 
 

@@ -199,16 +199,15 @@ def config_warnings(config, *, imagenet):
 
 
 def label_warnings(rows, names):
-    """Classes that the newest evaluation found exchanged (rn50.metrics.exchanged_classes)."""
+    """Classes that the newest evaluation found under other names (rn50.metrics.renamed_classes)."""
     evaluated = [row for row in rows if row.get("top1") is not None]
-    rings = evaluated[-1].get("exchanged", []) if evaluated else []
-    if not rings:
+    pairs = evaluated[-1].get("renamed", []) if evaluated else []
+    if not pairs:
         return []
-    count = sum(len(ring) for ring in rings)
-    said = [" as ".join(str(names[label] if names else label) for label in [*ring, ring[0]]) for ring in rings[:3]]
+    said = [" as ".join(str(names[label] if names else label) for label in pair) for pair in pairs[:4]]
     text = (
-        f"{count} classes are recognised, but under other names ({', '.join(said)}{', ...' if rings[3:] else ''}): "
-        "the training images have other labels than the validation images"
+        f"{len(pairs)} class{'es are' if pairs[1:] else ' is'} recognised under another name ({', '.join(said)}"
+        f"{', ...' if pairs[4:] else ''}): the training images have other labels than the validation images"
     )
     return [{"cause": "labels", "text": text}]
 

@@ -1,9 +1,10 @@
-"""Accuracy counts, their confidence interval, and classes whose labels cannot be right."""
+"""Accuracy counts, their confidence interval, and classes under other names."""
 
 import math
 
-# Of an exchanged class, more than this share is taken for another, and less than that for itself.
-TAKEN, KEPT, ENOUGH_IMAGES = 0.5, 0.05, 10
+# Of a class under another name, more than TAKEN is given that name and less than KEPT its own; of the class whose name
+# it is, less than OTHERS of that share is. So neither twins nor a network that has hardly learned count.
+TAKEN, KEPT, OTHERS, ENOUGH_IMAGES = 0.5, 0.05, 0.25, 10
 
 
 def correct_in_top(logits, labels, k):
@@ -27,28 +28,18 @@ def wilson_interval(correct, total, z=1.96):
     return max(0.0, centre - margin), min(1.0, centre + margin)
 
 
-def exchanged_classes(confusion):
-    """Classes that are taken for one another in a ring: [[3, 7], ...], each beginning with its smallest.
+def renamed_classes(confusion):
+    """Classes that the network knows under the name of another: [[label, name's label], ...].
 
-    confusion: counts [C, C], an int64 tensor; rows are labels, columns predictions. A network that takes most of class
-    3 for 7, most of 7 for 3, and neither for itself has learned both: it was trained with other labels than it is
-    evaluated with. Classes that are only hard to tell apart do not do that: one of them is then predicted for both.
+    confusion: counts [C, C], an int64 tensor; rows are labels, columns predictions. Where most images of class 3 are
+    called 7, none 3, and hardly any image of class 7 is called 7, the network was trained with other labels than it is
+    evaluated with. Classes that are only hard to tell apart are not like that: 7 is then what both are called.
     """
     counts = confusion.cpu().double()
     images = counts.sum(1)
-    largest, taken_for = counts.max(1)
-    kept = counts.diagonal()
-    wrong = (images >= ENOUGH_IMAGES) & (largest > TAKEN * images) & (kept < KEPT * images)
-    following = {label: int(taken_for[label]) for label in wrong.nonzero().flatten().tolist()}
-    rings, seen = [], set()
-    for label in following:
-        path = []
-        while label in following and label not in seen:
-            seen.add(label)
-            path.append(label)
-            label = following[label]
-        if label in path:
-            ring = path[path.index(label) :]
-            first = ring.index(min(ring))
-            rings.append(ring[first:] + ring[:first])
-    return rings
+    shares = counts / images.clamp(min=1)[:, None]
+    taken, name = shares.max(1)
+    kept = shares.diagonal()
+    enough = images >= ENOUGH_IMAGES
+    renamed = enough & enough[name] & (taken > TAKEN) & (kept < KEPT) & (kept[name] < OTHERS * taken)
+    return [[label, int(name[label])] for label in renamed.nonzero().flatten().tolist()]

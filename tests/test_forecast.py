@@ -115,12 +115,12 @@ def test_other_data_gets_no_number_and_wider_limits():
     assert causes(RUN[:3], config, classes=10) == ["weight decay", "evaluation resolution"]
 
 
-def test_exchanged_classes_are_named_until_an_evaluation_finds_none():
-    rows = [*RUN[:4], RUN[4] | {"exchanged": [[0, 2], [1, 3]]}, RUN[5] | {"top1": None}]
-    (warning,) = forecast.forecast(rows, config_of(32), classes=CLASSES, names=["n0", "n1", "n2", "n3"])["warnings"]
+def test_renamed_classes_are_named_until_an_evaluation_finds_none():
+    rows = [*RUN[:4], RUN[4] | {"renamed": [[0, 2], [2, 0]]}, RUN[5] | {"top1": None}]
+    (warning,) = forecast.forecast(rows, config_of(32), classes=CLASSES, names=["n0", "n1", "n2"])["warnings"]
     assert warning["cause"] == "labels"
-    assert "4 classes are recognised, but under other names (n0 as n2 as n0, n1 as n3 as n1)" in warning["text"]
-    assert "0 as 2 as 0" in forecast.forecast(rows, config_of(32), classes=CLASSES)["warnings"][0]["text"]
+    assert "2 classes are recognised under another name (n0 as n2, n2 as n0)" in warning["text"]
+    assert "(0 as 2, 2 as 0)" in forecast.forecast(rows, config_of(32), classes=CLASSES)["warnings"][0]["text"]
     assert causes([*rows, RUN[6]], config_of(32)) == []
 
 

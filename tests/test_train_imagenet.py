@@ -155,7 +155,7 @@ def test_eval_only_names_classes_with_other_labels_than_in_training(tiny_checkpo
     result = run(betons, tmp_path, training__eval_only="true", **given)
     assert result.returncode == 0, result.stderr
     assert (
-        f"warning: labels: 2 classes are recognised, but under other names ({names[2]} as {names[5]}" in result.stdout
+        f"warning: labels: 2 classes are recognised under another name ({names[2]} as {names[5]}, " in result.stdout
     )
 
 
