@@ -48,6 +48,8 @@ RUN_BY = {
         "DATA=imagenette bash tools/demo.sh"
     ],
     "test_readme.py::test_linters_and_tests_are_run": ["bash tools/test.sh"],
+    "test_proxy_study.py::test_a_run_becomes_a_line_that_is_not_made_again": ["tools/proxy_study.py"],
+    "test_perturbed_runs.py::test_runs_become_lines_that_are_not_made_again": ["tools/perturbed_runs.py"],
     "test_packaging.py::test_set_up_installs_once_and_again_when_its_inputs_change": ["bash tools/setup.sh"],
     "test_readme.py::test_from_images_to_a_model": [
         ".venv/bin/python write_dataset.py --config-file rn50_configs/write_imagenet.yaml "

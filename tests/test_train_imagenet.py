@@ -154,9 +154,7 @@ def test_eval_only_names_classes_with_other_labels_than_in_training(tiny_checkpo
     given |= {"validation__resolutions": 64, "validation__headline_resolution": 64}
     result = run(betons, tmp_path, training__eval_only="true", **given)
     assert result.returncode == 0, result.stderr
-    assert (
-        f"warning: labels: 2 classes are recognised under another name ({names[2]} as {names[5]}, " in result.stdout
-    )
+    assert f"warning: labels: 2 classes are recognised under another name ({names[2]} as {names[5]}, " in result.stdout
 
 
 def test_repeating_a_finished_run_reports_and_trains_nothing(finished, betons):

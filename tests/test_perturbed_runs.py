@@ -1,0 +1,54 @@
+"""The perturbed runs: their table, and what is refused."""
+
+import json
+
+import pytest
+
+from rn50.errors import RunError
+from rn50.run_log import read_rows
+from tests.conftest import ROOT
+from tools import perturbed_runs
+
+
+def test_the_committed_table_is_what_the_committed_runs_say():
+    folder = ROOT / "docs" / "results" / "perturbed_runs"
+    rows = read_rows(folder / "runs.jsonl")
+    assert {row["trouble"] for row in rows} == {*perturbed_runs.TROUBLES, *perturbed_runs.RESUMED}
+    assert "\n".join(perturbed_runs.lines(rows)) + "\n" == (folder / "results.md").read_text()
+
+
+def test_training_labels_are_exchanged_and_validation_labels_are_not(textures, betons, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["perturbed_runs.py", "--images", str(textures), "--data", str(betons),
+                                     "--out", str(tmp_path), "--runs", str(tmp_path / "runs")])  # fmt: skip
+    made = perturbed_runs.exchanged_labels(perturbed_runs.arguments())
+    first, second, third = sorted(path.name for path in (textures / "train").iterdir())[:3]
+    tree = tmp_path / "runs" / "exchanged" / "tree"
+    assert (tree / "train" / first).resolve() == (textures / "train" / second).resolve()
+    assert (tree / "train" / third).resolve() == (textures / "train" / third).resolve()
+    assert (tree / "val" / first).resolve() == (textures / "val" / first).resolve()
+    classes = [json.loads((made / f"{split}_64.json").read_text())["classes"] for split in ("train", "val")]
+    assert classes[0] == classes[1]
+
+
+def test_runs_become_lines_that_are_not_made_again(textures, betons, tmp_path, monkeypatch, capsys):
+    troubles = {name: perturbed_runs.TROUBLES[name] for name in ("nothing", "weight decay ten times too high")}
+    monkeypatch.setattr(perturbed_runs, "TROUBLES", troubles)
+    monkeypatch.setattr(perturbed_runs, "RESUMED", dict([next(iter(perturbed_runs.RESUMED.items()))]))
+    given = ["perturbed_runs.py", "--images", textures, "--data", betons, "--out", tmp_path, "--runs", tmp_path / "r"]
+    monkeypatch.setattr("sys.argv", [str(word) for word in given])
+    perturbed_runs.main()
+    healthy, heavy, resumed = made = read_rows(tmp_path / "runs.jsonl")
+    assert healthy["warnings"] == [[], [], []]
+    assert [found[0]["cause"] for found in heavy["warnings"]] == ["weight decay"] * 3
+    assert (resumed["status"], "training.epochs is 5" in resumed["said"][0]) == (2, True)
+    assert "| refused |" in capsys.readouterr().out
+    monkeypatch.setattr(perturbed_runs.subprocess, "Popen", None)
+    perturbed_runs.main()
+    assert read_rows(tmp_path / "runs.jsonl") == made
+
+
+def test_data_that_is_missing_is_one_line(monkeypatch, tmp_path):
+    given = ["perturbed_runs.py", "--images", str(tmp_path), "--data", str(tmp_path), "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", given)
+    with pytest.raises(RunError, match="there is no .*train"):
+        perturbed_runs.arguments()
