@@ -79,7 +79,7 @@ class Guard(Meter):
         epochs = config["training"]["epochs"]
         return seconds_to_finish(
             resolutions=[schedules.resolution(epoch, **config["resolution"]) for epoch in range(epochs)],
-            evaluations=evaluations(epochs, config["validation"]),
+            evaluations=costs.evaluations(config),
             rows=progress.rows if rows is None else rows,
             epoch=progress.epoch,
             epoch_share=progress.epoch_step / progress.epoch_steps,
@@ -103,10 +103,10 @@ class Guard(Meter):
             known = self._config["model"]["arch"] == "resnet50"
             projected = known and projected_hours(costs.recipe_of("this run", config), **machine)
             if not projected:
-                return (
-                    None,
-                    "nothing is known of this network's speed on this machine: what it will cost is said as it goes",
+                unknown = (
+                    "nothing is known of this network's speed on this machine: what it will cost is said as it goes"
                 )
+                return None, unknown
             needed, basis = self.cost(3600 * projected[0]), f"projected from published speeds, +-{projected[1]:.0%}"
         if self.dollars + needed + self.cost(STOP_SECONDS) <= self.max_dollars:
             return None, None
@@ -146,13 +146,6 @@ class Guard(Meter):
         finish = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
         paid = f"${self.dollars:.2f} spent, ${self.cost(epoch):.2f} an epoch"
         return f"{paid}, ${self.cost(seconds):.2f} to finish, {finish}"
-
-
-def evaluations(epochs, validation):
-    """[(px, views)] of every epoch, from a config's section `validation`."""
-    one = [(validation["headline_resolution"], 2 if validation["headline_view"] == "flip" else 1)]
-    during = [one if (epoch + 1) % validation["every"] == 0 else [] for epoch in range(epochs - 1)]
-    return [*during, [(px, 2) for px in validation["resolutions"]]]
 
 
 def _written(path):

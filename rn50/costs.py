@@ -235,17 +235,24 @@ class Recipe:
     evaluated: list
 
 
+def evaluations(config):
+    """[(px, views)] of every epoch of a config, a nested dict."""
+    validation = config["validation"]
+    views = 2 if validation["headline_view"] == "flip" else 1
+    one, every = [(validation["headline_resolution"], views)], validation["every"]
+    during = [[] if epoch % every else one for epoch in range(1, config["training"]["epochs"])]
+    return [*during, [(px, 2) for px in validation["resolutions"]]]
+
+
 def recipe_of(name, config):
     """A config, as a nested dict, as a Recipe; KeyError where it lacks a key that its time depends on."""
-    epochs, validation = config["training"]["epochs"], config["validation"]
-    views = 2 if validation["headline_view"] == "flip" else 1
-    during = [(validation["headline_resolution"], views)] * ((epochs - 1) // validation["every"])
+    epochs = config["training"]["epochs"]
     return Recipe(
         name=name,
         resolutions=[schedules.resolution(epoch, **config["resolution"]) for epoch in range(epochs)],
         micro_batch=config["training"]["micro_batch"],
         rung=config["data"]["rung"],
-        evaluated=during + [(px, 2) for px in validation["resolutions"]],
+        evaluated=[view for epoch in evaluations(config) for view in epoch],
     )
 
 

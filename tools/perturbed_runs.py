@@ -34,7 +34,8 @@ SETTINGS = {
     "validation.headline_resolution": 32,
     "validation.every": 1,
 }
-# The changes of each run; labels: of these two classes the folders are exchanged in training.
+EXCHANGED = "labels of two of the ten classes exchanged in training"  # see exchanged_labels
+# The settings that each run changes.
 TROUBLES = {
     "nothing": {},
     "learning rate 16 times too small": {"lr.lr_per_256": 0.2 / 16},
@@ -44,10 +45,9 @@ TROUBLES = {
         "lr.step_gamma": 0.25,
     },
     "weight decay ten times too high": {"training.weight_decay": 5e-3},
-    "labels of two of the ten classes exchanged in training": {},
+    EXCHANGED: {},
     "evaluated at 96 px": {"validation.resolutions": 96, "validation.headline_resolution": 96},
 }
-EXCHANGED = "labels of two of the ten classes exchanged in training"
 # Continuing the run with nothing wrong.
 RESUMED = {
     "the rest of the schedule left out, on a resume": {"training.epochs": 5},
