@@ -103,10 +103,8 @@ class Guard(Meter):
             known = self._config["model"]["arch"] == "resnet50"
             projected = known and projected_hours(costs.recipe_of("this run", config), **machine)
             if not projected:
-                unknown = (
-                    "nothing is known of this network's speed on this machine: what it will cost is said as it goes"
-                )
-                return None, unknown
+                unknown = "nothing is known of this network's speed on this machine"
+                return None, f"{unknown}: what it will cost is said as it goes"
             needed, basis = self.cost(3600 * projected[0]), f"projected from published speeds, +-{projected[1]:.0%}"
         if self.dollars + needed + self.cost(STOP_SECONDS) <= self.max_dollars:
             return None, None
