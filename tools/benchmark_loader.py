@@ -327,9 +327,9 @@ def scaling(folder, args):
     medians = {key: statistics.median(values) for key, values in speeds.items()}
     gains = {name: medians[name, threads] / medians[name, 1] for name in ("rn50", "hashing")}
     print(
-        f"{args.resolution} px, {threads} threads over one, median of {args.repeats}: rn50 {gains['rn50']:.2f}x "
-        f"({medians['rn50', 1]:.0f} to {medians['rn50', threads]:.0f} images/s), hashing {gains['hashing']:.2f}x; "
-        f"ratio {gains['rn50'] / gains['hashing']:.3f}"
+        f"{args.resolution} px, {threads} threads over one, median of {args.repeats}: rn50 {gains['rn50']:.3g}x "
+        f"({medians['rn50', 1]:.0f} to {medians['rn50', threads]:.0f} images/s), hashing {gains['hashing']:.3g}x; "
+        f"ratio {gains['rn50'] / gains['hashing']:.3g}"
     )
 
 
