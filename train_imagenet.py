@@ -546,6 +546,7 @@ def guard_money(run):
             rung=loaders.training_rung(run.train.rungs, cfg.resolution.end, cfg.data.rung),
             gpu_name=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None,
             gpus=run.world_size,
+            machines=machines,
             vcpus=distributed.cores(),
             memory_gib=loaders.memory_bytes() / 2**30,
         )
