@@ -297,8 +297,12 @@ class Machine:
 
 
 def measured_machine(report):
-    """The machine that tools/preflight.py measured; KeyError or TypeError where `report` is not what it writes."""
+    """The machine that tools/preflight.py measured; KeyError, TypeError or ValueError where `report` is not its own."""
     price = report["dollars_per_hour"]
+    measured = {row["resolution"]: row["training_images_per_second"] for row in report["resolutions"]}
+    sizes = [report[key] for key in ("gpus", "vcpus", "memory_gib", "micro_batch")]
+    if not measured or not all(0 < value < math.inf for value in [price, *measured, *measured.values(), *sizes]):
+        raise ValueError("a size, a price or a speed is missing or not above 0")
     return Machine(
         name=report["instance"],
         gpu=report["device"],
@@ -309,7 +313,7 @@ def measured_machine(report):
         dollars_per_hour=price,
         dollars_low=price,
         dollars_high=price,
-        measured={row["resolution"]: row["training_images_per_second"] for row in report["resolutions"]},
+        measured=measured,
         limits={row["resolution"]: row["limited_by"] for row in report["resolutions"]},
         micro_batch=report["micro_batch"],
         staging_mb_per_s=report["staging_mb_per_s"],

@@ -115,6 +115,8 @@ def test_one_instance_and_spot(capsys):
     assert not any(line.startswith("p3.2xlarge") for line in lines)
     with pytest.raises(UsageError, match="no spot price is known for p3.2xlarge"):
         plan(capsys, "--budget", "25", "--target", "78", "--instance", "p3.2xlarge", "--spot")
+    with pytest.raises(RunError, match="cannot write"):
+        plan(capsys, "--budget", "25", "--target", "78", "--instance", "g5.xlarge", "--png", "/")
     with pytest.raises(UsageError, match="there is no g5.xlarg; known are"):
         plan(capsys, "--budget", "25", "--target", "78", "--instance", "g5.xlarg")
 
@@ -160,12 +162,29 @@ def test_preflight_measures_projects_and_feeds_the_plan(betons, tmp_path, capsys
     assert {row["instance"] for row in rows} == {"this machine"}
     assert all("speed measured by preflight" in row["basis"] for row in rows)
 
+    # it is neither told to measure what was measured, nor that its price is on demand
+    proposed = tmp_path / "proposal.md"
+    more = ["--budget", "1e6", "--target", "70", "--preflight", str(out), "--proposal", str(proposed)]
+    first = plan(capsys, *more)[0]
+    assert first.startswith("Recommended: ")
+    assert "preflight" not in first
+    assert "vCPU, its price)" in proposed.read_text()
+    assert "hours and dollars from tools/preflight.py's measurement" in proposed.read_text()
+
+    first = report["resolutions"][0]
+    odd = [{"resolutions": []}, {"gpus": 0}, {"dollars_per_hour": "2"}, {"micro_batch": None}]
+    odd += [{"resolutions": [first | {"training_images_per_second": value}]} for value in (0, -1, float("nan"), "9")]
+    for changed in odd:
+        out.write_text(json.dumps(report | changed))
+        with pytest.raises(RunError, match="is not what tools/preflight.py writes"):
+            plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
     out.write_text(json.dumps(report | {"arch": "resnet18"}))
     with pytest.raises(RunError, match="measured with resnet18"):
         plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
-    out.write_text("{}")
-    with pytest.raises(RunError, match="is not what tools/preflight.py writes"):
-        plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
+    for other in ("{}", "[]", json.dumps(report)[:-9]):
+        out.write_text(other)
+        with pytest.raises(RunError, match="is not what tools/preflight.py writes"):
+            plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
 
 
 def test_a_micro_batch_is_halved_until_it_fits():
