@@ -126,6 +126,25 @@ def test_what_limits():
     assert costs.pace(*args, dataclasses.replace(slow, memory_gib=100), 160)[1] == "GPU"
 
 
+def test_evaluation_is_a_third_of_a_training_step_but_no_faster_than_the_loader():
+    recipe = dataclasses.replace(RECIPES["rn50_78"], evaluated=[(224, 1)])
+
+    def images_per_second(machine):
+        parts, _ = costs.hours(TABLE, SPEEDS, LOADER, recipe, machine)
+        return 50000 / parts["evaluation"] / 3600
+
+    many, four = (dataclasses.replace(MACHINES["g5.xlarge"], vcpus=vcpus) for vcpus in (48, 4))
+    gpu = SPEEDS.total("A10G", 600, 1, 224)
+    assert images_per_second(many) == pytest.approx(3 * gpu)
+    fed = 3 * LOADER["rn50"] * costs.loader_scale(TABLE, 224, 400)
+    assert gpu < fed < 3 * gpu
+    assert images_per_second(four) == pytest.approx(fed)
+    # the mirror image is the same image decoded once
+    recipe = dataclasses.replace(recipe, evaluated=[(224, 2)])
+    assert images_per_second(many) == pytest.approx(1.5 * gpu)
+    assert images_per_second(four) == pytest.approx(min(fed, 1.5 * gpu))
+
+
 def test_a_small_micro_batch_does_not_fill_a_fast_gpu():
     machine, recipe = MACHINES["p5.4xlarge"], RECIPES["rn50_78"]
     full = costs.pace(TABLE, SPEEDS, LOADER, recipe, machine, 88)[0]
@@ -205,10 +224,16 @@ def test_probability_of_a_normal_distribution():
 
 def test_measured_speeds_are_taken_as_they_are_and_interpolated_in_logarithms():
     machine = dataclasses.replace(
-        MACHINES["g5.xlarge"], measured={88: 4000.0, 176: 1000.0}, limits={88: "CPU", 176: "GPU"}
+        MACHINES["g5.xlarge"],
+        measured={88: 4000.0, 176: 1000.0},
+        limits={88: "CPU", 176: "GPU"},
+        loader={88: 4000.0, 176: 2000.0},
     )
     args = (TABLE, SPEEDS, LOADER, RECIPES["rn50_78"], machine)
     assert costs.pace(*args, 88) == (4000.0, "CPU")
     assert costs.pace(*args, 176) == (pytest.approx(1000), "GPU")
     assert costs.pace(*args, 124)[0] == pytest.approx(4000 * (88 / 124) ** 2)
     assert costs.pace(*args, 224)[0] == pytest.approx(1000 * (176 / 224) ** SPEEDS.exponent)
+    # evaluation: three times as fast as training, but no faster than the loader
+    assert costs.pace(*args, 176, passes=1 / 3)[0] == pytest.approx(2000)
+    assert costs.pace(*args, 176, passes=2 / 3)[0] == pytest.approx(1500)

@@ -173,6 +173,7 @@ def test_preflight_measures_projects_and_feeds_the_plan(betons, tmp_path, capsys
 
     first = report["resolutions"][0]
     odd = [{"resolutions": []}, {"gpus": 0}, {"dollars_per_hour": "2"}, {"micro_batch": None}]
+    odd += [{"resolutions": [{key: value for key, value in first.items() if key != "loader_images_per_second"}]}]
     odd += [{"resolutions": [first | {"training_images_per_second": value}]} for value in (0, -1, float("nan"), "9")]
     for changed in odd:
         out.write_text(json.dumps(report | changed))
