@@ -174,6 +174,25 @@ def test_dollars_are_hours_times_price_plus_storage():
     assert sum(row["hours_by_part"].values()) == pytest.approx(row["hours"], abs=0.03)
     assert row["dollars_low"] < row["dollars"] < row["dollars_high"]
     assert "no training measurement by anyone" in project("rn50_78", MACHINES["g6.xlarge"])["basis"]
+    # 44.2 GB and a 26th of it for validation, at 200 MB/s
+    parts, _ = costs.hours(TABLE, SPEEDS, LOADER, RECIPES["rn50_78"], MACHINES["g5.xlarge"])
+    assert parts["staging"] == pytest.approx(44.2e9 * (1 + 1 / 25.6) / 200e6 / 3600, rel=1e-3)
+    assert parts["setup"] == 0.25
+
+
+def test_the_range_is_that_of_the_hours_times_that_of_the_price():
+    errors = costs.prediction_errors(costs.check(TABLE))
+    storage = costs.beton_gb(TABLE, 400) * 0.023
+    (spot,) = [machine for machine in costs.machines(TABLE, spot=True) if machine.name == "g5.xlarge"]
+    # others have published training on an A10G, and nobody on an L4
+    for machine, spotted, measured in ((spot, True, True), (MACHINES["g6.xlarge"], False, False)):
+        row, factor = project("rn50_78", machine, spot=spotted), math.exp(1.2816 * errors[measured])
+        parts, _ = costs.hours(TABLE, SPEEDS, LOADER, RECIPES["rn50_78"], machine, spotted)
+        fixed, rest = parts["setup"] + parts["staging"], parts["training"] + parts["evaluation"]
+        low, high = (0.36, 0.92) if spotted else (0.8048, 0.8048)
+        assert row["dollars_low"] == pytest.approx((fixed + rest / factor) * low + storage, abs=0.01)
+        assert row["dollars_high"] == pytest.approx((fixed + rest * factor) * high + storage, abs=0.01)
+        assert row["hours_error"] == pytest.approx(math.expm1(errors[measured]), abs=1e-3)
 
 
 def test_spot_is_cheaper_and_only_where_a_price_was_seen():

@@ -109,6 +109,16 @@ def test_what_money_cannot_buy_is_said_first(capsys):
     assert "The most that $19 surely buys: rn50_mild_60 on g5." in first
 
 
+def test_what_surely_fits_comes_before_what_is_cheaper_but_may_not():
+    def row(name, dollars, high, sure=0.95):
+        return {"name": name, "dollars": dollars, "dollars_high": high, "dollars_low": 1.0, "top1": 78.4} | {
+            "probability_of_target": sure
+        }
+
+    rows = [row("unlikely", 5, 6, 0.5), row("cheap", 10, 30), row("dear", 40, 50), row("sure", 20, 24)]
+    assert [row["name"] for row in plan_run.ranked(rows, 25)] == ["sure", "cheap", "dear", "unlikely"]
+
+
 def test_one_instance_and_spot(capsys):
     lines = plan(capsys, "--budget", "25", "--target", "78", "--instance", "g5.2xlarge", "--spot")
     assert "(spot)" in lines[0]
@@ -152,6 +162,11 @@ def test_preflight_measures_projects_and_feeds_the_plan(betons, tmp_path, capsys
     rungs = find_rungs(betons, "train")
     revised = preflight.revise(costs.read_table(), cfg, report, rungs, 25.0)
     assert (revised["go"], revised["reasons"]) == (True, [])
+    slow = report | {"staging_mb_per_s": 0.001}
+    later = preflight.revise(costs.read_table(), cfg, slow, rungs, 1e9)
+    assert later["hours_by_part"]["staging"] == pytest.approx(sum(r.bytes for r in rungs.values()) / 3.6e6, rel=1e-3)
+    edge = preflight.revise(costs.read_table(), cfg, slow, rungs, (later["dollars"] + later["dollars_high"]) / 2)
+    assert not edge["go"]  # the measurement plus its own error is what must fit
     smaller = preflight.revise(costs.read_table(), cfg, report | {"micro_batch": 4}, rungs, 25.0)
     assert not smaller["go"]
     assert "--training.micro_batch=4 does" in smaller["reasons"][0]
