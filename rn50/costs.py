@@ -359,11 +359,11 @@ def pace(table, speeds, loader, recipe, machine, resolution, passes=1.0):
         return min(rate, _interpolate(machine.loader, resolution, speeds.exponent)), machine.limits[nearest]
     gpu = table.gpu[machine.gpu]
     micro = fitting_micro_batch(table, recipe, machine)
+    # with hardly more vCPUs than GPUs, training and decoding share them
+    decoding = max(machine.vcpus - machine.gpus * table.value("training_vcpus"), machine.vcpus / 2)
     limits = {
         "GPU": speeds.total(machine.gpu, gpu["value"], machine.gpus, resolution),
-        "CPU": (machine.vcpus - machine.gpus * table.value("training_vcpus"))
-        * loader["rn50"]
-        * loader_scale(table, resolution, recipe.rung),
+        "CPU": decoding * loader["rn50"] * loader_scale(table, resolution, recipe.rung),
     }
     # kernels are launched one after the other: a small micro-batch at a low resolution does not fill a fast GPU
     launches = machine.gpus * speeds.efficiency(machine.gpus) * micro / table.value("launch_seconds")

@@ -118,6 +118,8 @@ def test_what_limits():
     assert limit == "CPU"
     # one of the two vCPU launches kernels
     assert rate == pytest.approx(LOADER["rn50"] * costs.loader_scale(TABLE, 160, 400))
+    one = dataclasses.replace(machine, vcpus=1)
+    assert costs.pace(*args, one, 160) == (pytest.approx(rate / 2), "CPU")
     slow = dataclasses.replace(machine, disk_mb_per_s=10.0)
     rate, limit = costs.pace(*args, slow, 160)
     assert limit == "disk"
