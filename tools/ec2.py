@@ -47,8 +47,8 @@ ALIVE = ("pending", "running", "stopping", "stopped")
 ROOT_GIB, ROOM_GIB = 100, 40
 # Setting up compiles ffcv and copies the betons: longer than this, it hangs.
 SETUP_MINUTES = 120
-# IAM is eventually consistent: a new profile is not known to EC2 at once.
-PROFILE_PATIENCE, STOP_PATIENCE, POLL_SECONDS = 60, 240, 5
+# IAM is eventually consistent: what is new is not known at once to EC2, nor to IAM itself.
+PROFILE_PATIENCE, STOP_PATIENCE, POLL_SECONDS = 120, 240, 5
 NO_ROOM = ("InsufficientInstanceCapacity", "SpotMaxPriceTooLow", "Unsupported", "InsufficientFreeAddressesInSubnet")
 ADVICE = {
     "UnauthorizedOperation": "your credentials may not do this: docs/ec2.md has the policy they need",
@@ -171,7 +171,11 @@ def check_quota(aws, args):
     if code is None or needed is None:
         return f"not checked: no quota is known here for {args.instance}"
     what = f"{'spot' if args.spot else 'on-demand'} {family.upper()} instances"
-    value = aws.client("service-quotas").get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
+    quotas = aws.client("service-quotas")
+    try:
+        value = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
+    except quotas.exceptions.NoSuchResourceException:  # only a default is there, which the account may not have
+        return f"not checked: AWS keeps no value of {what} for this account; see Service Quotas, {code}"
     if value < needed:
         raise RunError(
             f"{value:.0f} vCPUs of {what} are allowed in {aws.region} and {args.instance} has {needed}: ask for more "
@@ -532,15 +536,28 @@ def instance_profile(aws):
     except iam.exceptions.NoSuchEntityException:
         iam.create_role(RoleName=name, AssumeRolePolicyDocument=trust, Tags=tags(TAG))
         aws.note(f"role {name}")
-    iam.put_role_policy(RoleName=name, PolicyName="rn50", PolicyDocument=policy("instance", aws.bucket))
+    document = policy("instance", aws.bucket)
+    once_known(iam, iam.put_role_policy, RoleName=name, PolicyName="rn50", PolicyDocument=document)
     try:
         profile = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
     except iam.exceptions.NoSuchEntityException:
         profile = iam.create_instance_profile(InstanceProfileName=name, Tags=tags(TAG))["InstanceProfile"]
         aws.note(f"instance profile {name}")
     if not profile["Roles"]:
-        iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
+        once_known(iam, iam.add_role_to_instance_profile, InstanceProfileName=name, RoleName=name)
     return name
+
+
+def once_known(iam, call, **options):
+    """Repeat the call while IAM does not know what it has just made."""
+    give_up = time.monotonic() + PROFILE_PATIENCE
+    while True:
+        try:
+            return call(**options)
+        except iam.exceptions.NoSuchEntityException:
+            if time.monotonic() > give_up:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def run_instance(aws, record, image, zones, prices, group, profile, spent):
