@@ -1239,6 +1239,22 @@ def test_the_budgets_limit_outlives_a_restart_of_the_machine(cloud_account, moto
         assert "rn50-limit" not in done.stderr, done.stderr
 
 
+def test_an_image_without_the_aws_command_gets_it(cloud_account, moto, tmp_path):
+    with Metadata() as metadata:
+        instance = launch(cloud_account)
+        machine = Machine(tmp_path / "one", user_data(cloud_account, instance), moto, metadata, instance["InstanceId"])
+        shims = machine.folder / "shims"
+        (shims / "aws").rename(shims / "held")
+        (shims / "snap").write_text('#!/bin/bash\necho "snap $*" >>"$RN50_PREFIX/did"\nmv "${0%/*}"/{held,aws}\n')
+        (shims / "snap").chmod(0o755)
+        machine.environment["PATH"] = f"{shims}:/usr/bin:/bin"  # this machine's own may have one
+        for entry in cloud_account.s3.list_objects_v2(Bucket=BUCKET, Prefix="rn50/code/")["Contents"]:
+            put(cloud_account, entry["Key"], b"nothing that runs")
+        machine.start(status=1)
+    assert "snap install aws-cli --classic" in machine.log("did").splitlines()
+    assert "checksum did NOT match" in machine.log("var/log/rn50-bootstrap.log")  # so it was fetched
+
+
 def test_code_that_is_not_what_was_pinned_is_not_run(cloud_account, moto, tmp_path, capsys):
     with Metadata() as metadata:
         instance = launch(cloud_account)
