@@ -244,6 +244,19 @@ def test_a_launch_that_fails_half_way_says_what_there_is_and_goes_on(cloud_accou
     assert len(cloud_account.iam.list_roles()["Roles"]) == 1
 
 
+def test_a_launch_ends_when_ec2_shows_the_instance(cloud_account, monkeypatch):
+    """Its lists lag: the next command would take it for gone."""
+    real, asked = ec2.instances_of, []
+
+    def lagging(*arguments, **options):
+        asked.append(options)
+        return real(*arguments, **options) if len(asked) > 4 else []
+
+    monkeypatch.setattr(ec2, "instances_of", lagging)
+    launch(cloud_account)
+    assert len(asked) == 5
+
+
 def test_a_zone_without_room_is_followed_by_the_next(cloud_account, monkeypatch):
     broken(monkeypatch, "ec2", "run_instances", "InsufficientInstanceCapacity", times=2)
     assert launch(cloud_account)["State"]["Name"] == "running"

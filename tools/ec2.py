@@ -43,6 +43,7 @@ QUOTAS = {
 # The image's open kernel module begins with Turing; these have older GPUs.
 TOO_OLD = ("g3", "p2", "p3")
 ALIVE = ("pending", "running", "stopping", "stopped")
+ANY = (*ALIVE, "shutting-down", "terminated")  # EC2 shows a terminated one for an hour
 # The image's own files and toolkits fill most of what its snapshot has.
 ROOT_GIB, ROOM_GIB = 100, 40
 # Setting up compiles ffcv and copies the betons: longer than this, it hangs.
@@ -361,6 +362,7 @@ def start(aws, args, store, record, config):
         raise RunError(
             f"{reason}. There is now: {there}. Repeat the command to go on, or remove it with: {command(aws, 'clean')}"
         ) from None
+    wait_until_shown(aws, record)
     print(f"{instance['InstanceId']} starts in {instance['Placement']['AvailabilityZone']}. Next:")
     print(f"  watch    {command(aws, 'status', record['run'])}")
     print(f"  a shell  aws ssm start-session --target {instance['InstanceId']} --region {aws.region}")
@@ -736,6 +738,16 @@ def instances_of(aws, run=None, states=ALIVE):
     return [i for page in pages for reservation in page["Reservations"] for i in reservation["Instances"]]
 
 
+def wait_until_shown(aws, record):
+    """EC2's lists lag: a `stop` right after the launch would find nothing, a `resume` start a second instance."""
+    give_up = time.monotonic() + PROFILE_PATIENCE
+    while time.monotonic() < give_up:
+        if any(i["InstanceId"] == record["instance_id"] for i in instances_of(aws, record["run"], states=ANY)):
+            return
+        time.sleep(POLL_SECONDS)
+    print(f"warning: EC2 does not show {record['instance_id']} yet: wait until status does")
+
+
 def refuse_second(aws, run):
     alive = instances_of(aws, run)
     if alive:
@@ -747,8 +759,7 @@ def refuse_second(aws, run):
 
 def status(aws, args):
     store, record = known_run(aws, args)
-    # EC2 shows a terminated instance for an hour
-    found, records = instances_of(aws, args.run, states=(*ALIVE, "shutting-down", "terminated")), store.instances()
+    found, records = instances_of(aws, args.run, states=ANY), store.instances()
     for line in status_lines(store, record, found, records, now=time.time()):
         print(line)
 
