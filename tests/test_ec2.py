@@ -238,6 +238,7 @@ def test_a_launch_that_fails_half_way_says_what_there_is_and_goes_on(cloud_accou
             launch(cloud_account)
     said = str(caught.value)
     assert "vCPU quota" in said
+    assert "an instance that has just ended counts for some minutes more" in said
     assert re.search(r"There is now: security group sg-\w+, role rn50-\w+, instance profile rn50-\w+", said)
     assert f"tools/ec2.py clean --bucket {BUCKET}" in said
     assert launch(cloud_account)["InstanceType"] == "g5.2xlarge"
@@ -285,7 +286,7 @@ def test_a_new_profile_that_ec2_does_not_know_yet_is_waited_for(cloud_account, m
     assert launch(cloud_account)["State"]["Name"] == "running"
 
 
-def test_a_refused_request_and_another_one_have_two_tokens(cloud_account, monkeypatch):
+def test_a_refused_request_and_another_one_have_two_tokens():
     """EC2 keeps the token of what it refused; with it, another price or image is IdempotentParameterMismatch."""
     record = {"run": "demo", "bucket": BUCKET, "instance": "g5.xlarge", "spot": True, "attempt": 1, "budget": 25.0}
     record |= {"commit": "abc", "code_sha256": "def", "region": "us-east-1", "dollars_per_hour": 0.4}

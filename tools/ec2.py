@@ -50,13 +50,14 @@ ROOT_GIB, ROOM_GIB = 100, 40
 SETUP_MINUTES = 120
 # IAM is eventually consistent: what is new is not known at once to EC2, nor to IAM itself.
 PROFILE_PATIENCE, STOP_PATIENCE, POLL_SECONDS = 120, 240, 5
+JUST_ENDED = "; an instance that has just ended counts for some minutes more: then repeat the command"
 NO_ROOM = ("InsufficientInstanceCapacity", "SpotMaxPriceTooLow", "Unsupported", "InsufficientFreeAddressesInSubnet")
 ADVICE = {
     "UnauthorizedOperation": "your credentials may not do this: docs/ec2.md has the policy they need",
     "AccessDenied": "your credentials may not do this: docs/ec2.md has the policy they need",
     "AccessDeniedException": "your credentials may not do this: docs/ec2.md has the policy they need",
-    "VcpuLimitExceeded": "ask for a higher vCPU quota (tools/ec2.py doctor says which)",
-    "MaxSpotInstanceCountExceeded": "ask for a higher spot vCPU quota (tools/ec2.py doctor says which)",
+    "VcpuLimitExceeded": "ask for a higher vCPU quota (tools/ec2.py doctor says which)" + JUST_ENDED,
+    "MaxSpotInstanceCountExceeded": "ask for a higher spot vCPU quota (tools/ec2.py doctor says which)" + JUST_ENDED,
     "AuthFailure.ServiceLinkedRoleCreationNotPermitted": "spot needs a role that your credentials may not make; an "
     "administrator makes it once: aws iam create-service-linked-role --aws-service-name spot.amazonaws.com",
     "ExpiredToken": "your credentials have expired: log in again",
