@@ -86,6 +86,8 @@ def training_command(record, *, python, betons, gpus):
     if gpus > 1:
         command = [python, "-m", "torch.distributed.run", f"--nproc_per_node={gpus}", "train_imagenet.py"]
     command += ["--config-file", record["config"], *(f"--{setting}" for setting in record["settings"])]
+    if not any(setting.startswith("training.device=") for setting in record["settings"]):
+        command.append("--training.device=cuda")  # without a driver, auto would go on for the GPU's price on a CPU
     command += [f"--data.dir={betons}", "--logging.folder=runs", f"--logging.run_name={record['run']}"]
     command.append(f"--logging.mirror=s3://{record['bucket']}/{RUNS}")
     command.append(f"--budget.max_dollars={record['budget']:g}")

@@ -17,6 +17,7 @@ from statistics import fmean, median
 import numpy as np
 
 from rn50 import schedules
+from rn50.metrics import wilson_interval
 
 CURVES = Path(__file__).parent / "data" / "ffcv_curves.csv"
 EVALUATION = "256 px, averaged with the mirror image"
@@ -37,6 +38,9 @@ OTHER_LR_PER_256, OTHER_WEIGHT_DECAY = (0.02, 1.0), (0.0, 2e-3)
 EVALUATION_SCALE = (0.95, 1.5)
 # The curves are compared from epoch 3, where the warm-up is over, up to where resolution begins to rise.
 FIRST_EPOCH, LAST_PROGRESS = 3, 0.68
+# By then a run that learns is better than guessing: one on Imagenette whose lr still rose had 99.5 % of the loss of
+# guessing after 294 steps and 84 % after 441 (docs/results/imagenette_cpu).
+LEARNING_STEPS, LEARNING_LOSS = 400, 0.99
 # Chosen on the published runs and 36 simulated from them, of which tools/forecast_check.py says how many they flag.
 LOSS_ALARM, TOP1_ALARM, TOP1_EPOCHS = 0.12, -4.0, 5
 # Nats by which a published run's own level may differ from what the other five make of it.
@@ -128,7 +132,7 @@ def forecast(rows, config, *, classes, names=None, curves=None):
     """
     curves = curves or reference()
     warnings = learning_rate_warnings(rows, config) + config_warnings(config, imagenet=classes == CLASSES)
-    warnings += label_warnings(rows, names)
+    warnings += label_warnings(rows, names) or learning_warnings(rows, config, classes=classes)
     reason = no_basis(config, classes=classes)
     if reason is None and warnings:
         reason = f"the {warnings[0]['cause']} is not that of the published runs"
@@ -210,6 +214,36 @@ def label_warnings(rows, names):
         f"{', ...' if pairs[4:] else ''}): the training images have other labels than the validation images"
     )
     return [{"cause": "labels", "text": text}]
+
+
+def learning_warnings(rows, config, *, classes):
+    """Loss or top-1 still those of guessing when any recipe's, on any data, are better."""
+    warmup = config["lr"].get("warmup_epochs", 0)
+    late = [row for row in rows if row["step"] >= LEARNING_STEPS and row["epoch"] + 1 >= max(FIRST_EPOCH, warmup + 1)]
+    if not late or classes < 2:
+        return []
+    loss, guessing = late[-1]["train_loss"], guessing_loss(config["training"]["loss"], classes)
+    if loss > LEARNING_LOSS * guessing:
+        text = f"after {late[-1]['step']} steps the training loss, {loss:.3f}, is that of guessing ({guessing:.3f})"
+        return [{"cause": "training", "text": f"{text}: labels without relation to the images, or lr far too high"}]
+    evaluated = [row for row in late if row.get("top1") is not None and row.get("images")]
+    if evaluated:
+        top1, images = evaluated[-1]["top1"], evaluated[-1]["images"]
+        if wilson_interval(top1 / 100 * images, images)[0] <= 1 / classes:
+            text = f"top-1, {top1:.2f} %, is no better than guessing, while the training loss, {loss:.3f}, is"
+            text += ": validation labels in another order, or an evaluation that is not what it should be"
+            return [{"cause": "labels or evaluation", "text": text}]
+    return []
+
+
+def guessing_loss(loss, classes):
+    """The smallest mean loss without a look at the images: that of giving each of `classes` its share, 1 / classes.
+
+    Smoothed labels have the same mean, hence the same loss. loss: training.loss, bce being summed over the classes.
+    """
+    if loss == "cross_entropy":
+        return math.log(classes)
+    return math.log(classes) + (classes - 1) * math.log(classes / (classes - 1))
 
 
 def learning_rate_warnings(rows, config):

@@ -1,10 +1,15 @@
-"""Accuracy counts, their confidence interval, and classes under other names."""
+"""Accuracy counts, intervals of accuracies and of their differences, and classes under other names."""
 
 import math
+import statistics
 
 # Of a class under another name, more than TAKEN is given that name and less than KEPT its own; of the class whose name
 # it is, less than OTHERS of that share is. So neither twins nor a network that has hardly learned count.
 TAKEN, KEPT, OTHERS, ENOUGH_IMAGES = 0.5, 0.05, 0.25, 10
+
+
+# Student's t: the 97.5th percentile at n - 1 degrees of freedom, for n pairs.
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def correct_in_top(logits, labels, k):
@@ -26,6 +31,15 @@ def wilson_interval(correct, total, z=1.96):
     centre = (share + z * z / (2 * total)) / (1 + z * z / total)
     margin = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total)) / (1 + z * z / total)
     return max(0.0, centre - margin), min(1.0, centre + margin)
+
+
+def paired_difference(differences):
+    """{paired, mean, low, high} of one difference a seed; low and high: the 95 % t interval, None for one pair."""
+    mean = statistics.fmean(differences)
+    if len(differences) == 1:
+        return {"paired": differences, "mean": mean, "low": None, "high": None}
+    half = T_975[len(differences)] * statistics.stdev(differences) / len(differences) ** 0.5
+    return {"paired": differences, "mean": mean, "low": mean - half, "high": mean + half}
 
 
 def renamed_classes(confusion):

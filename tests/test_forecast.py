@@ -1,12 +1,15 @@
 """The forecast: what it says of published runs it has not seen, and what raises an alarm."""
 
 import copy
+import math
 from statistics import fmean
 
 import pytest
+import torch
 
 from rn50 import forecast
 from rn50.forecast import CLASSES
+from rn50.losses import binary_cross_entropy
 from tests.conftest import ROOT
 from tools import forecast_check
 from tools.forecast_check import TROUBLES, alarm_rates, as_logged, config_of, held_out_errors, interpolated, published
@@ -106,13 +109,14 @@ def test_a_run_unlike_the_reference_gets_no_number(section, key, value):
 def test_other_data_gets_no_number_and_wider_limits():
     config = config_of(32)
     config["training"]["weight_decay"] = 5e-4
-    found = forecast.forecast(RUN[:3], config, classes=10)
+    rows = [row | {"train_loss": row["train_loss"] / 3} for row in RUN[:3]]
+    found = forecast.forecast(rows, config, classes=10)
     assert (found["top1"], found["warnings"]) == (None, [])
     assert "10 classes" in found["basis"]
-    assert causes(RUN[:3], config) == ["weight decay"]
+    assert causes(rows, config) == ["weight decay"]
     config["training"]["weight_decay"] = 5e-3
     config["validation"]["headline_resolution"] = 100
-    assert causes(RUN[:3], config, classes=10) == ["weight decay", "evaluation resolution"]
+    assert causes(rows, config, classes=10) == ["weight decay", "evaluation resolution"]
 
 
 def test_renamed_classes_are_named_until_an_evaluation_finds_none():
@@ -122,6 +126,53 @@ def test_renamed_classes_are_named_until_an_evaluation_finds_none():
     assert "2 classes are recognised under another name (n0 as n2, n2 as n0)" in warning["text"]
     assert "(0 as 2, 2 as 0)" in forecast.forecast(rows, config_of(32), classes=CLASSES)["warnings"][0]["text"]
     assert causes([*rows, RUN[6]], config_of(32)) == []
+
+
+def unlike(loss="bce", classes=CLASSES):
+    """A config without a basis, as the flagship's, and its rows: (config, the loss of guessing, row of an epoch)."""
+    config = config_of(80)
+    config["model"]["arch"], config["training"]["loss"] = "resnet18", loss
+    guessing = forecast.guessing_loss(loss, classes)
+
+    def row(epoch, top1, share, step=400):
+        return {"epoch": epoch, "step": step, "train_loss": share * guessing, "top1": top1, "images": 50_000}
+
+    return config, guessing, row
+
+
+@pytest.mark.parametrize(("loss", "classes"), [("cross_entropy", 1000), ("bce", 1000), ("cross_entropy", 10)])
+def test_a_run_that_does_not_learn_is_said_whatever_its_recipe(loss, classes):
+    config, guessing, row = unlike(loss, classes)
+    assert causes([row(2, None, 1)], config, classes) == ["training"]
+    assert (
+        f"is that of guessing ({guessing:.3f})"
+        in forecast.forecast([row(2, None, 1)], config, classes=classes)["warnings"][0]["text"]
+    )
+    assert causes([row(2, 101 / classes, 0.9)], config, classes) == ["labels or evaluation"]
+    for healthy in (
+        [row(2, 4 * 100 / classes, 0.9)],
+        [row(2, None, 0.9)],
+        [row(1, 100 / classes, 1)],
+        [row(2, 100 / classes, 1, step=399)],
+        [row(2, None, 1), row(3, None, 0.9)],
+    ):
+        assert causes(healthy, config, classes) == []
+    config["lr"]["warmup_epochs"] = 5
+    assert causes([row(4, None, 1)], config, classes) == []
+    assert causes([row(5, None, 1)], config, classes) == ["training"]
+
+
+def test_classes_under_other_names_are_the_better_explanation_of_a_top1_of_guessing():
+    config, _, row = unlike()
+    assert causes([row(2, 0, 0.5) | {"renamed": [[0, 1]]}], config) == ["labels"]
+
+
+def test_the_loss_of_guessing_is_that_of_the_shares():
+    assert forecast.guessing_loss("cross_entropy", 1000) == pytest.approx(math.log(1000))
+    for classes, smoothing in ((2, 0.0), (10, 0.1), (1000, 0.0)):
+        logits = torch.full((classes, classes), -math.log(classes - 1), dtype=torch.float64)
+        loss = binary_cross_entropy(logits, torch.arange(classes), smoothing=smoothing).item()
+        assert forecast.guessing_loss("bce", classes) == pytest.approx(loss, rel=1e-4)
 
 
 def test_top1_of_another_evaluation_is_not_compared():

@@ -25,7 +25,9 @@ from rn50.sources import EXTENSIONS
 RESOLUTIONS = (400, 500)
 ROOT = Path(__file__).resolve().parent.parent
 
+# At its end without the interpreter's: numba's threads, after the writer's fork, may hang it (always, on one core).
 STOCK = """
+import os
 import sys
 from ffcv.fields import IntField, RGBImageField
 from ffcv.writer import DatasetWriter
@@ -33,6 +35,7 @@ from torchvision.datasets import ImageFolder
 tree, out, side, workers = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 fields = {"image": RGBImageField(write_mode="jpg", max_resolution=side, jpeg_quality=90), "label": IntField()}
 DatasetWriter(out, fields, num_workers=workers).from_indexed_dataset(ImageFolder(tree), chunksize=16)
+os._exit(0)
 """
 
 

@@ -12,7 +12,6 @@ Stop it at will: finished runs are kept, and a stopped one resumes. Writes resul
 import argparse
 import json
 import runpy
-import statistics
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -22,13 +21,12 @@ import torch
 
 from rn50 import errors, loaders
 from rn50.errors import RunError
+from rn50.metrics import T_975, paired_difference
 from rn50.run_log import read_rows, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "rn50_configs" / "decode_accuracy.yaml"
 DECODERS = ("stock", "ours")
-# Student's t: the 97.5th percentile at n - 1 degrees of freedom, for n pairs.
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def main():
@@ -77,18 +75,15 @@ def write(rows, seeds, out):
         lines.append(f"| {seed} | " + " | ".join(f"{of[d, seed][px]:.2f}" for px in settings for d in DECODERS) + " |")
     differences = {}
     for px in settings:
-        paired = [of["ours", seed][px] - of["stock", seed][px] for seed in seeds]
-        mean = statistics.fmean(paired)
-        half = T_975[len(seeds)] * statistics.stdev(paired) / len(seeds) ** 0.5
-        differences[px] = {"paired": paired, "mean": mean, "low": mean - half, "high": mean + half}
-        x = max(abs(mean - half), abs(mean + half))
+        found = paired_difference([of["ours", seed][px] - of["stock", seed][px] for seed in seeds])
+        differences[px], low, high = found, found["low"], found["high"]
         verdict = (
-            f"no difference larger than {x:.1f} points was detected"
-            if mean - half <= 0 <= mean + half
+            f"no difference larger than {max(-low, high):.1f} points was detected"
+            if low <= 0 <= high
             else "the interval does not hold zero: a difference was detected"
         )
-        lines.append(f"\nAt {px} px ours minus stock is {mean:+.2f} points (95 %: {mean - half:+.2f} to ")
-        lines[-1] += f"{mean + half:+.2f}, paired t over {len(seeds)} seeds): {verdict}."
+        lines.append(f"\nAt {px} px ours minus stock is {found['mean']:+.2f} points (95 %: {low:+.2f} to ")
+        lines[-1] += f"{high:+.2f}, paired t over {len(seeds)} seeds): {verdict}."
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(out / "results.json", json.dumps({"runs": rows, "ours_minus_stock": differences}, indent=1) + "\n")
     write_atomically(out / "results.md", "\n".join(lines) + "\n")

@@ -37,20 +37,32 @@ QUOTAS = {
     ("g", True): "L-3819A6DF",
     ("p", False): "L-417A185B",
     ("p", True): "L-7212CCBC",
+    ("p5", False): "L-417A185B",
+    ("p5", True): "L-C4BD4855",
 }
+# The image's open kernel module begins with Turing; these have older GPUs.
+TOO_OLD = ("g3", "p2", "p3")
 ALIVE = ("pending", "running", "stopping", "stopped")
-ROOT_GIB = 100
-# IAM is eventually consistent: a new profile is not known to EC2 at once.
-PROFILE_PATIENCE, STOP_PATIENCE, POLL_SECONDS = 60, 240, 5
+ANY = (*ALIVE, "shutting-down", "terminated")  # EC2 shows a terminated one for an hour
+# The image's own files and toolkits fill most of what its snapshot has.
+ROOT_GIB, ROOM_GIB = 100, 40
+# Setting up compiles ffcv and copies the betons: longer than this, it hangs.
+SETUP_MINUTES = 120
+# IAM is eventually consistent: what is new is not known at once to EC2, nor to IAM itself.
+PROFILE_PATIENCE, STOP_PATIENCE, POLL_SECONDS = 120, 240, 5
+JUST_ENDED = "; an instance that has just ended counts for some minutes more: then repeat the command"
 NO_ROOM = ("InsufficientInstanceCapacity", "SpotMaxPriceTooLow", "Unsupported", "InsufficientFreeAddressesInSubnet")
 ADVICE = {
     "UnauthorizedOperation": "your credentials may not do this: docs/ec2.md has the policy they need",
     "AccessDenied": "your credentials may not do this: docs/ec2.md has the policy they need",
     "AccessDeniedException": "your credentials may not do this: docs/ec2.md has the policy they need",
-    "VcpuLimitExceeded": "ask for a higher vCPU quota (tools/ec2.py doctor says which)",
-    "MaxSpotInstanceCountExceeded": "ask for a higher spot vCPU quota (tools/ec2.py doctor says which)",
+    "VcpuLimitExceeded": "ask for a higher vCPU quota (tools/ec2.py doctor says which)" + JUST_ENDED,
+    "MaxSpotInstanceCountExceeded": "ask for a higher spot vCPU quota (tools/ec2.py doctor says which)" + JUST_ENDED,
+    "AuthFailure.ServiceLinkedRoleCreationNotPermitted": "spot needs a role that your credentials may not make; an "
+    "administrator makes it once: aws iam create-service-linked-role --aws-service-name spot.amazonaws.com",
     "ExpiredToken": "your credentials have expired: log in again",
     "RequestExpired": "your credentials have expired, or this machine's clock is wrong",
+    "RequestTimeTooSkewed": "this machine's clock is wrong",
     "InvalidClientTokenId": "your credentials are not valid: aws configure",
     "AuthFailure": "your credentials are not valid: aws configure",
 }
@@ -153,13 +165,19 @@ def check_region(aws, args):
 
 
 def check_quota(aws, args):
-    family = "g" if args.instance.startswith(("g", "vt")) else args.instance[0]
+    family = (
+        "g" if args.instance.startswith(("g", "vt")) else "p5" if args.instance.startswith("p5") else args.instance[0]
+    )
     code = QUOTAS.get((family, args.spot))
     needed = vcpus_of(args.instance)
     if code is None or needed is None:
         return f"not checked: no quota is known here for {args.instance}"
     what = f"{'spot' if args.spot else 'on-demand'} {family.upper()} instances"
-    value = aws.client("service-quotas").get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
+    quotas = aws.client("service-quotas")
+    try:
+        value = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
+    except quotas.exceptions.NoSuchResourceException:  # only a default is there, which the account may not have
+        return f"not checked: AWS keeps no value of {what} for this account; see Service Quotas, {code}"
     if value < needed:
         raise RunError(
             f"{value:.0f} vCPUs of {what} are allowed in {aws.region} and {args.instance} has {needed}: ask for more "
@@ -183,11 +201,17 @@ def check_bucket(aws, args):
     try:
         where = s3.get_bucket_location(Bucket=aws.bucket)["LocationConstraint"] or "us-east-1"
     except s3.exceptions.ClientError as error:
-        if error.response["Error"]["Code"] == "NoSuchBucket":
+        code = error.response["Error"]["Code"]
+        if code == "NoSuchBucket":
             raise RunError(
                 f"there is no bucket {aws.bucket}: make it with: aws s3 mb s3://{aws.bucket} --region {aws.region}"
             ) from None
+        if code == "AccessDenied":  # names are shared by all accounts
+            raise RunError(
+                f"{aws.bucket} is another account's bucket, or {ADVICE['AccessDenied']}: choose another name, or get it"
+            ) from None
         raise
+    where = "eu-west-1" if where == "EU" else where
     if where != aws.region:
         raise RunError(
             f"{aws.bucket} is in {where} and the region is {aws.region}: every staging would cost transfer; use "
@@ -215,6 +239,8 @@ def find_image(aws, args):
     """The image to start: --ami, or the newest Deep Learning Base image; a dict of EC2's."""
     ami, ssm, ec2 = args.ami, aws.client("ssm"), aws.client("ec2")
     advice = "name one of that region with --ami: a Deep Learning Base AMI with NVIDIA's driver, Ubuntu 24.04, x86"
+    if ami is None and args.instance.startswith(TOO_OLD):
+        raise RunError(f"the default image's NVIDIA driver does not know the GPU of {args.instance}: {advice}")
     if ami is None:
         try:
             ami = ssm.get_parameter(Name=AMI_PARAMETER)["Parameter"]["Value"]
@@ -232,17 +258,18 @@ def find_image(aws, args):
 
 
 def subnets(aws):
-    """Subnets of the default VPC, one a zone."""
+    """The default subnets of the default VPC, one a zone: others there may have no way to the internet."""
     ec2 = aws.client("ec2")
     vpcs = ec2.describe_vpcs(Filters=[{"Name": "is-default", "Values": ["true"]}])["Vpcs"]
     if not vpcs:
         raise RunError(
             f"{aws.region} has no default VPC: make it with: aws ec2 create-default-vpc --region {aws.region}"
         )
-    found = ec2.describe_subnets(Filters=[{"Name": "vpc-id", "Values": [vpcs[0]["VpcId"]]}])["Subnets"]
+    filters = [{"Name": "vpc-id", "Values": [vpcs[0]["VpcId"]]}, {"Name": "default-for-az", "Values": ["true"]}]
+    found = ec2.describe_subnets(Filters=filters)["Subnets"]
     if not found:
         raise RunError(
-            f"the default VPC of {aws.region} has no subnet: make one with: aws ec2 create-default-subnet "
+            f"the default VPC of {aws.region} has no default subnet: make one with: aws ec2 create-default-subnet "
             f"--availability-zone {aws.region}a --region {aws.region}"
         )
     return {subnet["AvailabilityZone"]: subnet for subnet in found}
@@ -304,6 +331,7 @@ def resume(aws, args):
 
 def start(aws, args, store, record, config):
     """Show the plan, ask, and make what is missing; what fails half-way is said with how to remove it."""
+    check_bucket(aws, args)
     zones = subnets(aws)
     image = find_image(aws, args)
     prices, source = hourly_prices(aws, record["instance"], record["spot"], zones)
@@ -335,6 +363,7 @@ def start(aws, args, store, record, config):
         raise RunError(
             f"{reason}. There is now: {there}. Repeat the command to go on, or remove it with: {command(aws, 'clean')}"
         ) from None
+    wait_until_shown(aws, record)
     print(f"{instance['InstanceId']} starts in {instance['Placement']['AvailabilityZone']}. Next:")
     print(f"  watch    {command(aws, 'status', record['run'])}")
     print(f"  a shell  aws ssm start-session --target {instance['InstanceId']} --region {aws.region}")
@@ -426,13 +455,15 @@ def listed_price(aws, instance):
     }
     filters = [{"Type": "TERM_MATCH", "Field": key, "Value": value} for key, value in wanted.items()]
     try:
-        found = aws.client("pricing", "us-east-1").get_products(ServiceCode="AmazonEC2", Filters=filters, MaxResults=1)
-        terms = json.loads(found["PriceList"][0])["terms"]["OnDemand"]
-        (term,) = terms.values()
-        (dimension,) = term["priceDimensions"].values()
-        return float(dimension["pricePerUnit"]["USD"]) or None
-    except (BotoCoreError, ClientError, IndexError, KeyError, ValueError):
+        found = aws.client("pricing", "us-east-1").get_products(ServiceCode="AmazonEC2", Filters=filters)
+        prices = []
+        for product in found["PriceList"]:
+            (term,) = json.loads(product)["terms"]["OnDemand"].values()
+            (dimension,) = term["priceDimensions"].values()
+            prices.append(float(dimension["pricePerUnit"]["USD"]))
+    except (BotoCoreError, ClientError, KeyError, ValueError):
         return None
+    return max(prices, default=0) or None  # where capacity can be bought ahead, that is a product too, for 0 dollars
 
 
 def read_config(path):
@@ -508,15 +539,28 @@ def instance_profile(aws):
     except iam.exceptions.NoSuchEntityException:
         iam.create_role(RoleName=name, AssumeRolePolicyDocument=trust, Tags=tags(TAG))
         aws.note(f"role {name}")
-    iam.put_role_policy(RoleName=name, PolicyName="rn50", PolicyDocument=policy("instance", aws.bucket))
+    document = policy("instance", aws.bucket)
+    once_known(iam, iam.put_role_policy, RoleName=name, PolicyName="rn50", PolicyDocument=document)
     try:
         profile = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
     except iam.exceptions.NoSuchEntityException:
         profile = iam.create_instance_profile(InstanceProfileName=name, Tags=tags(TAG))["InstanceProfile"]
         aws.note(f"instance profile {name}")
     if not profile["Roles"]:
-        iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
+        once_known(iam, iam.add_role_to_instance_profile, InstanceProfileName=name, RoleName=name)
     return name
+
+
+def once_known(iam, call, **options):
+    """Repeat the call while IAM does not know what it has just made."""
+    give_up = time.monotonic() + PROFILE_PATIENCE
+    while True:
+        try:
+            return call(**options)
+        except iam.exceptions.NoSuchEntityException:
+            if time.monotonic() > give_up:
+                raise
+        time.sleep(POLL_SECONDS)
 
 
 def run_instance(aws, record, image, zones, prices, group, profile, spent):
@@ -525,18 +569,23 @@ def run_instance(aws, record, image, zones, prices, group, profile, spent):
     for zone in sorted(prices, key=lambda zone: (prices[zone], zone)):
         record["dollars_per_hour"] = prices[zone]
         aws.store(record["run"]).write("launch.json", record)
-        request = instance_request(record, image, zones[zone]["SubnetId"], group, profile, spent)
         give_up = time.monotonic() + PROFILE_PATIENCE
         while True:
+            request = instance_request(record, image, zones[zone]["SubnetId"], group, profile, spent)
             try:
                 instance = ec2.run_instances(**request)["Instances"][0]
                 aws.note(f"instance {instance['InstanceId']}")
                 return instance
             except ec2.exceptions.ClientError as error:
                 code = error.response["Error"]["Code"]
-                new_profile = code == "InvalidParameterValue" and "rofile" in str(error)
-                if new_profile and time.monotonic() < give_up:
+                not_known_yet = code == "InvalidGroup.NotFound" or (
+                    code == "InvalidParameterValue" and "rofile" in str(error)
+                )
+                if not_known_yet and time.monotonic() < give_up:
                     time.sleep(POLL_SECONDS)
+                    continue
+                if code == "IdempotentInstanceTerminated":  # an earlier try's, which nobody noted
+                    record["attempt"] += 1
                     continue
                 if code not in NO_ROOM:
                     raise
@@ -549,14 +598,16 @@ def run_instance(aws, record, image, zones, prices, group, profile, spent):
 
 
 def instance_request(record, image, subnet, group, profile, spent):
-    """What RunInstances is asked for. The token makes a repeated request give the same instance."""
-    identity = f"{record['bucket']}/{record['run']}/{record['attempt']}/{subnet}/{record['instance']}/{record['spot']}"
+    """What RunInstances is asked for. The token makes a repeated request give the same instance.
+
+    EC2 keeps the token of a request that it refused, too, and refuses another request with it: price and image change.
+    """
     marks = tags({**TAG, "Name": f"rn50-{record['run']}", "rn50-run": record["run"], "rn50-bucket": record["bucket"]})
     device = image.get("RootDeviceName", "/dev/sda1")
     smallest = max((m.get("Ebs", {}).get("VolumeSize", 0) for m in image.get("BlockDeviceMappings", [])), default=0)
     local = next((row["disk_gb"] for row in costs.read_table().instance if row["name"] == record["instance"]), 0)
     disk = {
-        "VolumeSize": max(smallest, ROOT_GIB if local else 3 * ROOT_GIB),
+        "VolumeSize": max(smallest + ROOM_GIB, ROOT_GIB if local else 3 * ROOT_GIB),
         "VolumeType": "gp3",
         "Encrypted": True,
         "DeleteOnTermination": True,
@@ -566,9 +617,10 @@ def instance_request(record, image, subnet, group, profile, spent):
         "InstanceType": record["instance"],
         "MinCount": 1,
         "MaxCount": 1,
-        "ClientToken": hashlib.sha256(identity.encode()).hexdigest(),
-        "SubnetId": subnet,
-        "SecurityGroupIds": [group],
+        # without a public address neither S3 nor Session Manager is reached; a subnet may be set to give none
+        "NetworkInterfaces": [
+            {"DeviceIndex": 0, "SubnetId": subnet, "Groups": [group], "AssociatePublicIpAddress": True}
+        ],
         "IamInstanceProfile": {"Name": profile},
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpEndpoint": "enabled", "HttpPutResponseHopLimit": 2},
@@ -579,7 +631,8 @@ def instance_request(record, image, subnet, group, profile, spent):
     if record["spot"]:
         options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
         request["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
-    return request
+    identity = json.dumps([record["run"], record["attempt"], request], sort_keys=True)
+    return request | {"ClientToken": hashlib.sha256(identity.encode()).hexdigest()}
 
 
 def user_data(record, spent):
@@ -592,6 +645,7 @@ def user_data(record, spent):
         "RN50_CODE_SHA256": record["code_sha256"],
         "AWS_DEFAULT_REGION": record["region"],
         "RN50_MINUTES": minutes,
+        "RN50_SETUP_MINUTES": SETUP_MINUTES,
     }
     assignments = "\n".join(f"export {name}={shlex.quote(str(value))}" for name, value in values.items())
     return USER_DATA.replace("@VALUES@", assignments)
@@ -604,20 +658,35 @@ prefix=${RN50_PREFIX:-}
 mkdir -p "$prefix/etc" "$prefix/var/log" "$prefix/opt/rn50"
 exec >>"$prefix/var/log/rn50-bootstrap.log" 2>&1
 @VALUES@
-# whatever happens, the machine is gone when the budget is spent: switching off terminates it
-shutdown -h "+$RN50_MINUTES"
 failed() {
     aws s3 cp --only-show-errors "$prefix/var/log/rn50-bootstrap.log" \
         "s3://$RN50_BUCKET/rn50/runs/$RN50_RUN/rn50-bootstrap.log" || true
     shutdown -h +1
 }
 trap failed ERR
+# whatever happens, the machine is gone when the budget is spent: switching off terminates it
+shutdown -h "+$RN50_MINUTES"
+# a restart of the machine forgets that, and does not run this script again
+limit=$(date -u -d "+$RN50_MINUTES minutes" '+%F %T UTC')
+mkdir -p "$prefix/etc/systemd/system"
+printf '[Unit]\nDescription=rn50: the budget is spent\n[Service]\nType=oneshot\nExecStart=shutdown -h now\n' \
+    >"$prefix/etc/systemd/system/rn50-limit.service"
+printf '[Unit]\nDescription=rn50: when the budget is spent\n[Timer]\nOnCalendar=%s\nPersistent=true\n%s\n' \
+    "$limit" $'[Install]\nWantedBy=timers.target' >"$prefix/etc/systemd/system/rn50-limit.timer"
+systemctl daemon-reload
+systemctl enable --now rn50-limit.timer
 metadata=${AWS_EC2_METADATA_SERVICE_ENDPOINT:-http://169.254.169.254}
 token=$(curl -sSf -X PUT -H 'X-aws-ec2-metadata-token-ttl-seconds: 300' "$metadata/latest/api/token")
 RN50_INSTANCE=$(curl -sSf -H "X-aws-ec2-metadata-token: $token" "$metadata/latest/meta-data/instance-id")
 export RN50_INSTANCE
-env | grep -E '^(RN50_(BUCKET|RUN|COMMIT|CODE_SHA256|INSTANCE|MINUTES)|AWS_DEFAULT_REGION)=' >"$prefix/etc/rn50.env"
+# botocore asks the metadata service once, for a second; a client that got no credentials then never gets any
+export AWS_METADATA_SERVICE_NUM_ATTEMPTS=5 AWS_METADATA_SERVICE_TIMEOUT=5
+variables='RN50_(BUCKET|RUN|COMMIT|CODE_SHA256|INSTANCE|MINUTES)|AWS_(DEFAULT_REGION|METADATA_SERVICE_[A-Z_]+)'
+env | grep -E "^($variables)=" >"$prefix/etc/rn50.env"
 archive=$prefix/opt/rn50.tar.gz
+# not every image has it
+command -v aws >/dev/null || snap install aws-cli --classic
+PATH=$PATH:/snap/bin
 # a role that was made just now is not known everywhere at once
 for _ in {1..12}; do
     aws s3 cp --only-show-errors "s3://$RN50_BUCKET/rn50/code/$RN50_COMMIT.tar.gz" "$archive" && break
@@ -625,7 +694,7 @@ for _ in {1..12}; do
 done
 echo "$RN50_CODE_SHA256  $archive" | sha256sum --check --quiet
 tar -xzf "$archive" -C "$prefix/opt/rn50"
-bash "$prefix/opt/rn50/tools/ec2_bootstrap.sh"
+timeout --kill-after=60 "${RN50_SETUP_MINUTES}m" bash "$prefix/opt/rn50/tools/ec2_bootstrap.sh"
 """
 
 
@@ -653,6 +722,10 @@ def known_run(aws, args):
     record = store.read("launch.json")
     if record is None:
         raise RunError(f"there is no run {args.run} in s3://{aws.bucket}/{cloud.RUNS}/")
+    if record["region"] != aws.region:  # its instance would seem to be gone
+        raise UsageError(
+            f"{args.run} is in {record['region']} and the region is {aws.region}: --region {record['region']}"
+        )
     return store, record
 
 
@@ -666,6 +739,16 @@ def instances_of(aws, run=None, states=ALIVE):
     return [i for page in pages for reservation in page["Reservations"] for i in reservation["Instances"]]
 
 
+def wait_until_shown(aws, record):
+    """EC2's lists lag: a `stop` right after the launch would find nothing, a `resume` start a second instance."""
+    give_up = time.monotonic() + PROFILE_PATIENCE
+    while time.monotonic() < give_up:
+        if any(i["InstanceId"] == record["instance_id"] for i in instances_of(aws, record["run"], states=ANY)):
+            return
+        time.sleep(POLL_SECONDS)
+    print(f"warning: EC2 does not show {record['instance_id']} yet: wait until status does")
+
+
 def refuse_second(aws, run):
     alive = instances_of(aws, run)
     if alive:
@@ -677,12 +760,14 @@ def refuse_second(aws, run):
 
 def status(aws, args):
     store, record = known_run(aws, args)
-    alive, records = instances_of(aws, args.run), store.instances()
-    for line in status_lines(store, record, alive, records, now=time.time()):
+    found, records = instances_of(aws, args.run, states=ANY), store.instances()
+    for line in status_lines(store, record, found, records, now=time.time()):
         print(line)
 
 
-def status_lines(store, record, alive, records, now):
+def status_lines(store, record, found, records, now):
+    alive = [i for i in found if i["State"]["Name"] in ALIVE]
+    resume_command = command(store, "resume", record["run"])
     market = "spot" if record["spot"] else "on demand"
     yield f"{record['run']}: {record['config']} at {record['commit'][:12]} on {record['instance']}, {market}"
     states = {i["InstanceId"]: i["State"]["Name"] for i in alive}
@@ -695,11 +780,17 @@ def status_lines(store, record, alive, records, now):
         if state == "running" and now - last["seen"] > cloud.LOST_SECONDS:
             yield "warning: it runs but does not report: look with aws ssm start-session, or end it with stop"
         if state == "gone" and last["state"] in ("staging", "staged", "training", "interrupted"):
-            yield f"it was taken away: go on with {command(store, 'resume', record['run'])}"
-    for name, state in states.items():
-        if not last or name != last["instance_id"]:
-            yield f"instance {name}: {state}, has not reported yet"
-    spent = cloud.dollars(records)
+            yield f"it was taken away: go on with {resume_command}"
+    spent, reported = cloud.dollars(records), {r["instance_id"] for r in records}
+    for instance in alive:
+        if instance["InstanceId"] not in reported:
+            up = now - instance["LaunchTime"].timestamp()
+            spent += max(0.0, up) / 3600 * record["dollars_per_hour"]
+            yield f"instance {instance['InstanceId']}: {instance['State']['Name']} for {span(up)}, has not reported yet"
+    name = record["instance_id"]
+    if name and name not in reported | set(states):
+        why = next((i.get("StateReason", {}).get("Message") for i in found if i["InstanceId"] == name), None)
+        yield f"instance {name}: gone before it reported ({why or 'EC2 does not say why'}): go on with {resume_command}"
     yield f"dollars so far: {spent:.2f} of {record['budget']:.2f} (instances; storage is extra)"
     rows = rows_of(store)
     epochs = epochs_of(store, record)
@@ -791,6 +882,7 @@ def fetch(aws, args):
 
 def clean(aws, args):
     """List everything that is tagged, and remove it after a yes. Objects in the bucket stay unless --data."""
+    check_bucket(aws, args)  # in another region there would seem to be no instance, and the role is in all of them
     things = find_everything(aws, data=args.data)
     if not things:
         print("there is nothing to remove")

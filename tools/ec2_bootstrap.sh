@@ -25,6 +25,7 @@ finish() {
     }
 }
 trap finish EXIT
+trap 'exit 143' TERM # from the user data's time limit; else bash gives the trap above status 0
 
 # The folder for the betons: the instance's own NVMe disk where there is one.
 choose_disk() {
@@ -58,6 +59,7 @@ if [[ -z $prefix ]]; then
     # a fresh instance upgrades itself at first, and holds apt's locks meanwhile
     systemctl stop apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service || true
     echo 'DPkg::Lock::Timeout "900";' >/etc/apt/apt.conf.d/90rn50
+    export NEEDRESTART_SUSPEND=1 # else Ubuntu 24.04 restarts services whose libraries are replaced
 fi
 tries=3
 until bash tools/setup.sh; do
@@ -98,7 +100,9 @@ Description=rn50: the training run failed too often
 Type=oneshot
 WorkingDirectory=$root
 EnvironmentFile=$prefix/etc/rn50.env
-ExecStart=$python tools/ec2_supervise.py give-up --reason \"rn50-train.service has failed for good\""
+ExecStart=-$python tools/ec2_supervise.py give-up --reason \"rn50-train.service has failed for good\"
+ExecStart=shutdown -h now
+TimeoutStartSec=600"
 systemctl daemon-reload
 systemctl enable --now rn50-train.service
 echo "rn50-train.service is started"

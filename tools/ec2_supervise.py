@@ -9,6 +9,7 @@ in the run's launch.json. The instance was launched so that switching it off ter
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -24,8 +25,8 @@ from rn50.errors import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_SECONDS = float(os.environ.get("RN50_POLL_SECONDS", 5))
-# What saving and mirroring the last checkpoint may take after a stop was asked for.
-STOP_SECONDS = 150.0
+# What saving and mirroring the last checkpoint may take after a stop was asked for; and what dying may, after a kill.
+STOP_SECONDS, KILL_SECONDS = 150.0, 60.0
 
 
 def main():
@@ -122,6 +123,9 @@ def watch(child, asked, store, reporter, record, folder):
                 say(f"asking the training to stop: {why}")
                 child.send_signal(signal.SIGTERM)
                 stop_by = now + STOP_SECONDS
+        elif now > stop_by + KILL_SECONDS:  # a hung GPU's driver keeps it: only switching off helps
+            say("it cannot be killed")
+            break
         elif now > stop_by:
             say("it did not stop in time")
             child.kill()
@@ -166,7 +170,11 @@ def read_status(folder):
 
 def activity(folder):
     """Changes whenever the run writes anything."""
-    return sorted((entry.name, entry.stat().st_mtime_ns) for entry in os.scandir(folder) if entry.is_file())
+    found = {}
+    for entry in os.scandir(folder):
+        with contextlib.suppress(FileNotFoundError):  # a partial file just got its name
+            found[entry.name] = entry.stat().st_mtime_ns
+    return found
 
 
 def last_line(folder):
@@ -176,8 +184,8 @@ def last_line(folder):
 
 def count_gpus():
     try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True)
-    except FileNotFoundError:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=120)
+    except (FileNotFoundError, subprocess.TimeoutExpired):  # without a driver, or with one that hangs
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 

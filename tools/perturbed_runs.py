@@ -10,6 +10,7 @@ command goes on: a finished run is a line of runs.jsonl.
 
 import argparse
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,8 @@ SETTINGS = {
     "validation.headline_resolution": 32,
     "validation.every": 1,
 }
-EXCHANGED = "labels of two of the ten classes exchanged in training"  # see exchanged_labels
+# see wrong_labels
+EXCHANGED, RANDOM = "labels of two of the ten classes exchanged in training", "labels at random in training"
 # The settings that each run changes.
 TROUBLES = {
     "nothing": {},
@@ -46,6 +48,7 @@ TROUBLES = {
     },
     "weight decay ten times too high": {"training.weight_decay": 5e-3},
     EXCHANGED: {},
+    RANDOM: {},
     "evaluated at 96 px": {"validation.resolutions": 96, "validation.headline_resolution": 96},
 }
 # Continuing the run with nothing wrong.
@@ -79,7 +82,7 @@ def command(args, name, changes, data):
 
 def perturbed(name, args):
     """Train until LOOKED_AT epochs are in the log; what they say."""
-    data = exchanged_labels(args) if name == EXCHANGED else args.data
+    data = wrong_labels(name, args) if name in (EXCHANGED, RANDOM) else args.data
     folder, line = command(args, name, TROUBLES[name], data)
     process = subprocess.Popen(line, cwd=ROOT)
     try:
@@ -109,18 +112,24 @@ def resumed(name, args):
     return {"status": done.returncode, "said": done.stderr.strip().splitlines()[-1:]}
 
 
-def exchanged_labels(args):
-    """A folder with the validation file as it is and a training file where the first two classes are exchanged."""
-    made = args.runs / "exchanged"
+def wrong_labels(name, args):
+    """A folder with the validation file as it is and a training file in which labels are exchanged or shuffled."""
+    made = args.runs / ("exchanged" if name == EXCHANGED else "random")
     tree, betons = made / "tree", made / "betons"
     if not (betons / "train_64.json").exists():
         shutil.rmtree(made, ignore_errors=True)
-        first, second, *others = sorted(path.name for path in (args.images / "train").iterdir())
         for split in ("train", "val"):
-            (tree / split).mkdir(parents=True)
-            for name in (first, second, *others):
-                other = {first: second, second: first}.get(name, name) if split == "train" else name
-                (tree / split / name).symlink_to((args.images / split / other).resolve())
+            paths = sorted((args.images / split).glob("*/*"))
+            labels = [path.parent.name for path in paths]
+            if split == "train" and name == RANDOM:
+                random.Random(0).shuffle(labels)
+            elif split == "train":
+                first, second = sorted(set(labels))[:2]
+                labels = [{first: second, second: first}.get(label, label) for label in labels]
+            for path, label in zip(paths, labels, strict=True):
+                link = tree / split / label / f"{path.parent.name}_{path.name}"
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.resolve())
         line = [sys.executable, ROOT / "write_dataset.py", f"--source.dir={tree}", f"--out.dir={betons}"]
         subprocess.run([*line, "--out.resolutions=64"], check=True, cwd=ROOT)
         for path in args.data.glob("val_64.*"):

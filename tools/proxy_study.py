@@ -20,6 +20,7 @@ import yaml
 
 from rn50 import errors, schedules
 from rn50.errors import RunError, UsageError
+from rn50.metrics import T_975, paired_difference
 from rn50.run_log import read_rows, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,8 +39,6 @@ ARMS = {
     "label_smoothing": {"training.label_smoothing": 0.1},
     "bce": {"training.loss": "bce", "model.log_prior_bias": "true"},
 }
-# Student's t: the 97.5th percentile at n - 1 degrees of freedom, for n pairs.
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
 
 def main():
@@ -148,14 +147,6 @@ def write(rows, seeds, out):
     write_atomically(out / "results.json", json.dumps(content, indent=1) + "\n")
     write_atomically(out / "results.md", text)
     return text
-
-
-def paired_difference(paired):
-    mean = statistics.fmean(paired)
-    if len(paired) < 2:
-        return {"paired": paired, "mean": mean, "low": None, "high": None}
-    half = T_975[len(paired)] * statistics.stdev(paired) / len(paired) ** 0.5
-    return {"paired": paired, "mean": mean, "low": mean - half, "high": mean + half}
 
 
 def describe(difference):
