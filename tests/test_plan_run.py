@@ -63,6 +63,15 @@ def test_p3_is_there_with_the_reason_why_not_and_unmeasured_gpus_say_so(planned)
     assert "A10G 811 (1)" in planned[0]
 
 
+def test_a_machine_that_the_pinned_pytorch_does_not_run_on_is_never_recommended(capsys):
+    assert torch.cuda.get_arch_list()
+    assert "sm_70" not in torch.cuda.get_arch_list()
+    alone = plan(capsys, "--budget", "100", "--target", "78", "--instance", "p3.2xlarge")
+    assert alone[0].startswith("Not on p3.2xlarge: the pinned PyTorch has no code for a V100")
+    with pytest.raises(UsageError, match="--proposal: not for p3.2xlarge"):
+        plan(capsys, "--budget", "100", "--target", "78", "--instance", "p3.2xlarge", "--proposal", "none.md")
+
+
 def test_the_readme_quotes_this_plan(planned):
     readme = " ".join((ROOT / "README.md").read_text().split())
     rows = {(row["instance"], row["recipe"]): row for row in json.loads((planned[1] / "plan.json").read_text())}
@@ -111,12 +120,13 @@ def test_what_money_cannot_buy_is_said_first(capsys):
 
 def test_what_surely_fits_comes_before_what_is_cheaper_but_may_not():
     def row(name, dollars, high, sure=0.95):
-        return {"name": name, "dollars": dollars, "dollars_high": high, "dollars_low": 1.0, "top1": 78.4} | {
+        return {"instance": name, "dollars": dollars, "dollars_high": high, "dollars_low": 1.0, "top1": 78.4} | {
             "probability_of_target": sure
         }
 
-    rows = [row("unlikely", 5, 6, 0.5), row("cheap", 10, 30), row("dear", 40, 50), row("sure", 20, 24)]
-    assert [row["name"] for row in plan_run.ranked(rows, 25)] == ["sure", "cheap", "dear", "unlikely"]
+    rows = [row("p3.2xlarge", 1, 2), row("unlikely", 5, 6, 0.5), row("cheap", 10, 30), row("dear", 40, 50)]
+    found = plan_run.ranked([*rows, row("sure", 20, 24)], 25)
+    assert [row["instance"] for row in found] == ["sure", "cheap", "dear", "unlikely", "p3.2xlarge"]
 
 
 def test_one_instance_and_spot(capsys):

@@ -71,8 +71,8 @@ def ranked(rows, budget):
     def key(row):
         sure, affordable = row["probability_of_target"] >= CONFIDENT, row["dollars_high"] <= budget
         if sure:
-            return not affordable, row["dollars"]
-        return 2, -row["top1"], row["dollars"]
+            return too_old(row), not affordable, row["dollars"]
+        return too_old(row), 2, -row["top1"], row["dollars"]
 
     return sorted(rows, key=key)
 
@@ -86,9 +86,14 @@ def explain_p3(rows):
             cheapest[row["recipe"]] = row
     for row in rows:
         best = cheapest[row["recipe"]]
-        if row["instance"].startswith("p3.") and best is not row:
+        if too_old(row) and best is not row:
             reason = f"not this one: {row['dollars'] / best['dollars']:.1f} x the dollars of {best['instance']}"
             row["notes"] = f"{reason}; {row['notes']}"
+
+
+def too_old(row):
+    """Whether the pinned PyTorch has no code for the machine's GPU, a V100."""
+    return row["instance"].startswith("p3.")
 
 
 def report(rows, args):
@@ -139,6 +144,8 @@ def table_lines(rows, args):
 
 def recommendation(rows, args):
     best = rows[0]
+    if too_old(best):
+        return f"Not on {best['instance']}: {best['notes']}."
     run = (
         f"{best['recipe']} on {best['instance']} ({priced(args)}): about {best['hours']:.0f} h and "
         f"${best['dollars']:.0f} (${best['dollars_low']:.0f} to ${best['dollars_high']:.0f}), expected top-1 "
@@ -153,7 +160,7 @@ def recommendation(rows, args):
     else:
         over = "its range reaches beyond" if best["dollars"] <= args.budget else "it costs more than"
         verdict = f"${args.budget:g} is not safe for {args.target:g} %: {over} that with {run}"
-    affordable = [row for row in rows if row["dollars_high"] <= args.budget]
+    affordable = [row for row in rows if row["dollars_high"] <= args.budget and not too_old(row)]
     if not affordable:
         return f"{verdict} Nothing else here fits ${args.budget:g} either."
     fit = max(affordable, key=lambda row: (row["top1"], -row["dollars"]))
@@ -283,6 +290,8 @@ def draw(rows, args):
 def proposal(rows, args):
     """One page of Markdown that asks for AWS credits: what for, how sure, on what evidence."""
     best = rows[0]
+    if too_old(best):
+        raise UsageError(f"--proposal: not for {best['instance']}: {best['notes']}")
     benchmark = {row["name"]: row for row in json.loads(costs.LOADER_BENCHMARK.read_text())["results"]}
     results = ROOT / "docs" / "results" / "imagenette_cpu"
     imagenette = read_rows(results / "log.jsonl")[-1]["top1"]
