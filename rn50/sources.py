@@ -248,19 +248,26 @@ _turbojpeg_library = None
 _per_thread = threading.local()
 _CMYK_COLORSPACES = (3, 4)  # TJCS_CMYK, TJCS_YCCK
 _PIXEL_FORMAT_RGB = 0
+# libjpeg's warnings about what changes no pixel, or what every decoder guesses alike. Pillow and OpenCV ignore them.
+_HARMLESS = ("extraneous bytes", "unknown JFIF revision", "Unknown Adobe color transform", "Invalid SOS parameters")
 
 
 def decode_jpeg(data, *, strict=False):
     """JPEG bytes -> RGB, uint8 (height, width, 3); None for CMYK, which libjpeg-turbo cannot convert.
 
-    ValueError for damaged data. Stray bytes between scans are common in the wild and leave most pictures whole, so
-    only `strict` counts them as damage.
+    ValueError for damaged data. Oddities that leave the picture whole are common in the wild, so only `strict` counts
+    them as damage.
     """
     library, handle = _turbojpeg()
     width, height, subsampling, colorspace = (ctypes.c_int() for _ in range(4))
     fields = [ctypes.byref(field) for field in (width, height, subsampling, colorspace)]
     if library.tjDecompressHeader3(handle, data, len(data), *fields):
-        raise ValueError(library.tjGetErrorStr2(handle).decode(errors="replace"))
+        problem = library.tjGetErrorStr2(handle).decode(errors="replace")
+        if strict or not _is_harmless(problem):
+            # It stays in the middle of this header, and would read every picture after it as the rest of this one.
+            library.tjDestroy(handle)
+            del _per_thread.handle
+            raise ValueError(problem)
     if colorspace.value in _CMYK_COLORSPACES:
         return None
     if width.value * height.value > MAX_PIXELS:
@@ -270,9 +277,13 @@ def decode_jpeg(data, *, strict=False):
         handle, data, len(data), rgb.ctypes.data, width.value, 0, height.value, _PIXEL_FORMAT_RGB, 0
     ):
         problem = library.tjGetErrorStr2(handle).decode(errors="replace")
-        if strict or "extraneous bytes" not in problem:
+        if strict or not _is_harmless(problem):
             raise ValueError(problem)
     return rgb
+
+
+def _is_harmless(problem):
+    return any(words in problem for words in _HARMLESS)
 
 
 def _turbojpeg():
@@ -297,6 +308,7 @@ def _load_turbojpeg():
     library = ctypes.CDLL(found[0])
     integer, pointer, length = ctypes.c_int, ctypes.c_void_p, ctypes.c_ulong
     library.tjInitDecompress.restype = pointer
+    library.tjDestroy.argtypes = [pointer]
     library.tjGetErrorStr2.argtypes, library.tjGetErrorStr2.restype = [pointer], ctypes.c_char_p
     library.tjDecompressHeader3.argtypes = [pointer, ctypes.c_char_p, length] + [pointer] * 4
     library.tjDecompress2.argtypes = [pointer, ctypes.c_char_p, length, pointer] + [integer] * 5

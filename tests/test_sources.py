@@ -160,6 +160,44 @@ def test_a_truncated_picture_is_an_error(kind, kept, exif):
         decode_image(data[: int(len(data) * kept)])
 
 
+def _jfif_revision(data):
+    data[data.index(b"JFIF\0") + 5] = 2
+
+
+def _adobe_transform(data):
+    segment = b"\xff\xee\x00\x0eAdobe\x00\x64\0\0\0\0\x07"
+    data[2 : data.index(b"\xff\xdb")] = segment
+
+
+def _scan_parameters(data):
+    scan = data.index(b"\xff\xda")
+    data[scan + 6 + 2 * data[scan + 4]] = 0  # the last coefficient of a scan that has them all
+
+
+def _stray_bytes(data):
+    data[-2:-2] = b"abc"
+
+
+@pytest.mark.parametrize("change", [_jfif_revision, _adobe_transform, _scan_parameters, _stray_bytes])
+def test_oddities_that_pillow_and_opencv_pass_over_do_not_stop_a_conversion(change):
+    plain = encoded(picture(), "JPEG")
+    data = bytearray(plain)
+    change(data)
+    assert data != plain
+    assert (decode_image(bytes(data)) == decode_image(plain)).all()
+
+
+@pytest.mark.parametrize("part", [0.05, 0.3, 0.5, 0.9])
+def test_a_picture_cut_in_its_header_does_not_spoil_the_next_ones(part):
+    """libjpeg-turbo's decompressor stays inside a header that it could not read."""
+    data = encoded(picture(), "JPEG")
+    header = data[: int(data.index(b"\xff\xda") * part)]
+    for cut in (header, header + b"\xff\xd9", header + bytes(2000)):
+        with pytest.raises(ValueError, match=r"\w"):
+            decode_image(cut)
+        assert decode_image(data).shape == (40, 56, 3), cut
+
+
 @pytest.mark.parametrize("data", [b"", b"not a picture", b"\xff\xd8", b"\xff\xd8\xff\xe0 JFIF", b"\x89PNG\r\n\x1a\n"])
 def test_what_is_no_picture_is_an_error_that_reads_the_same_each_time(data):
     reasons = set()
