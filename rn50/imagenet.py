@@ -11,7 +11,6 @@ taken at its word for:
 
 import contextlib
 import csv
-import glob
 import io
 import json
 import os
@@ -22,7 +21,7 @@ import time
 import numpy as np
 
 from rn50.errors import RunError
-from rn50.sources import ImageFolderSource, Listing, decode_jpeg, is_image_name
+from rn50.sources import ImageFolderSource, Listing, decode_jpeg, has_class_folders, is_image_name, is_imagenet
 
 CLASSES, COUNTS = 1000, {"train": 1_281_167, "val": 50_000}
 # From this many wnids on, a set is meant to be all of ImageNet-1k.
@@ -31,8 +30,10 @@ DEVKIT, META, TRUTH = "ILSVRC2012_devkit_t12", "meta.mat", "ILSVRC2012_validatio
 KAGGLE = os.path.join("ILSVRC", "Data", "CLS-LOC")
 SAY_SECONDS = 10
 WNID = re.compile(r"n\d{8}")
-# Not what their extension says, or not RGB: github.com/cytsai/ilsvrc-cmyk-image-list and the notes of
-# tensorflow_datasets' imagenet2012. `odd_images` looks into each of them.
+# Not what their extension says, or not RGB: github.com/cytsai/ilsvrc-cmyk-image-list, the notes of
+# tensorflow_datasets' imagenet2012, and a validation image that their authors overlooked (imread_benchmark's
+# "four_component_rgb"). `odd_images` looks into each of them.
+ODD_VALIDATION_IMAGE = ("n13133613", "ILSVRC2012_val_00019877")
 # fmt: off
 ODD_IMAGES = (
     "n02105855_2933", "n01739381_1309", "n02077923_14822", "n02447366_23489", "n02492035_15739", "n02747177_10752",
@@ -48,12 +49,16 @@ def find(directory, split, cache):
     folder = os.path.join(str(directory), split)
     if split not in COUNTS:
         return None
-    if os.path.isdir(folder) and not glob.glob(os.path.join(glob.escape(folder), "*.parquet")):
-        return None
+    try:
+        if os.path.isdir(folder) and has_class_folders(folder):
+            return None
+    except OSError:
+        return None  # the tree's own reader says why
     if os.path.exists(_tar_path(directory, split)):
         return _Form(lambda root, split: TarSource(root, split, cache), tar_classes)
     if os.path.isdir(os.path.join(str(directory), KAGGLE)):
-        return _Form(lambda root, split: (KaggleVal if split == "val" else KaggleTrain)(root, split), kaggle_classes)
+        flat = split == "val" and not _kaggle_val_by_class(directory)
+        return _Form(KaggleVal if flat else KaggleTrain, kaggle_classes)
     if _shards(directory, split):
         return _Form(ParquetSource, lambda root, split: {c["wnid"] for c in ParquetSource(root, split).classes})
     return None
@@ -63,8 +68,10 @@ def forms(split):
     """What `find` looks for in a folder, for people."""
     if split not in COUNTS:
         return []
-    parquet = "validation" if split == "val" else split
-    return [os.path.basename(_tar_path("", split)), os.path.join(KAGGLE, split), f"data/{parquet}-*.parquet"]
+    tar, kaggle = os.path.basename(_tar_path("", split)), os.path.join(KAGGLE, split)
+    if split == "val":
+        return [f"{tar} with {DEVKIT}.tar.gz", f"{kaggle} with LOC_val_solution.csv", "data/validation-*.parquet"]
+    return [tar, kaggle, f"data/{split}-*.parquet"]
 
 
 class _Form:
@@ -85,10 +92,12 @@ def check_counts(source, split, rule):
         problem = (
             f"{len(source)} images of {len(source.classes)} classes, and ImageNet-1k has {COUNTS[split]} of {CLASSES}"
         )
+    if not problem and not is_imagenet([c["wnid"] for c in source.classes]):
+        problem = f"its {CLASSES} classes are not those of ImageNet-1k"
     if problem:
         raise RunError(
-            f"{split} in {source.folder} is not complete: {problem}; get the rest, or convert what is there with "
-            "source.counts=any"
+            f"{split} in {source.folder} is not all of ImageNet-1k: {problem}; get the rest, or convert what is there "
+            "with source.counts=any"
         )
 
 
@@ -96,8 +105,8 @@ def odd_images(source):
     """[(id, "PNG" or "CMYK")] of ImageNet's known oddities that `source` has and that are odd."""
     labels = {c["wnid"]: label for label, c in enumerate(source.classes)}
     found = []
-    for stem in ODD_IMAGES:
-        label = labels.get(stem.partition("_")[0])
+    for wnid, stem in [(stem.partition("_")[0], stem) for stem in ODD_IMAGES] + [ODD_VALIDATION_IMAGE]:
+        label = labels.get(wnid)
         i = None if label is None else source.find(label, f"{stem}.JPEG")
         if i is not None:
             kind = _odd_kind(source.read(i))
@@ -233,7 +242,12 @@ def _tar_path(root, split):
 
 def _inner_tars(path):
     with _reading(path), tarfile.open(path, "r:") as outer:
-        return [member.name for member in outer if member.isfile() and member.name.endswith(".tar")]
+        return [member.name for member in outer if _is_inner_tar(member)]
+
+
+def _is_inner_tar(member):
+    # macOS's tar adds ._n01440764.tar beside n01440764.tar.
+    return member.isfile() and member.name.endswith(".tar") and not os.path.basename(member.name).startswith(".")
 
 
 def _members(path, nested):
@@ -243,7 +257,7 @@ def _members(path, nested):
     with _reading(path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
         parts = [(m, True) for m in outer] if nested else [(None, False)]
         for part, is_tar in parts:
-            if is_tar and not (part.isfile() and part.name.endswith(".tar")):
+            if is_tar and not _is_inner_tar(part):
                 ignored += part.isfile()
                 continue
             if is_tar:
@@ -284,12 +298,12 @@ class _reading:
 
 
 class KaggleTrain(ImageFolderSource):
-    """ILSVRC/Data/CLS-LOC/train/<wnid>/<image>."""
+    """ILSVRC/Data/CLS-LOC/train/<wnid>/<image>, and val where someone has put its images into such folders."""
 
     kind = "kaggle"
 
     def __init__(self, root, split):
-        self._list_file = os.path.join(str(root), "ILSVRC", "ImageSets", "CLS-LOC", "train_cls.txt")
+        self._list_file = os.path.join(str(root), "ILSVRC", "ImageSets", "CLS-LOC", f"{split}_cls.txt")
         self._scan(os.path.join(str(root), KAGGLE, split), _kaggle_names(root))
 
     def missing(self):
@@ -341,10 +355,15 @@ class KaggleVal(Listing):
 
 
 def kaggle_classes(root, split):
-    if split == "val":
+    if split == "val" and not _kaggle_val_by_class(root):
         return set(_kaggle_solution(root).values())
     folder = os.path.join(str(root), KAGGLE, split)
     return {name for name in os.listdir(folder) if WNID.fullmatch(name)} if os.path.isdir(folder) else None
+
+
+def _kaggle_val_by_class(root):
+    folder = os.path.join(str(root), KAGGLE, "val")
+    return os.path.isdir(folder) and has_class_folders(folder)
 
 
 def _kaggle_solution(root):

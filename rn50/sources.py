@@ -33,6 +33,9 @@ IMAGENETTE_NAMES = {
     "n03888257": "parachute",
 }
 
+# Of ImageNet-1k's 1,000 wnids in label order, joined by zero bytes; they are in timm's imagenet_synsets.txt.
+IMAGENET_WNIDS_SHA256 = "9be65c467f39ace6da5b8f775034751d1328f56d229db113bb5b30c39f054d19"
+
 
 def open_source(directory, split, cache=None):
     """The source of `split` ("train", "val") under `directory`, whatever form the images have there.
@@ -45,8 +48,7 @@ def open_source(directory, split, cache=None):
     found = imagenet.find(directory, split, cache)
     folder = os.path.join(str(directory), split)
     if found is None and not os.path.exists(folder):
-        forms = "".join(f", or {form}" for form in imagenet.forms(split))
-        raise RunError(f"no images of {split} in {directory}: expected {folder}/<class>/<image>{forms}")
+        raise RunError(f"no images of {split} in {directory}: {_expected(folder)}")
     return (found or ImageFolderSource)(directory, split)
 
 
@@ -74,7 +76,7 @@ class Listing:
 
     def _list(self, files, names=None):
         """files: {wnid: sorted file names}, in label order. names: {wnid: name for people}, or part of it."""
-        names = {**unique_names(names or {}), **IMAGENETTE_NAMES}
+        names = {**unique_names(names or {}), **(_imagenet_names(files) if is_imagenet(files) else IMAGENETTE_NAMES)}
         self.classes = [{"wnid": wnid, "name": names.get(wnid, wnid)} for wnid in files]
         self._first = np.concatenate([[0], np.cumsum([len(listed) for listed in files.values()])])
         # A million Python strings take 100 MB in every worker and seconds to unpickle; one byte string takes 25 MB.
@@ -164,18 +166,41 @@ def unique_names(synonyms):
     return {wnid: name if counts[name] == 1 else f"{name} ({wnid})" for wnid, name in first.items()}
 
 
+def is_imagenet(wnids):
+    """Whether `wnids`, in label order, are the 1,000 of ImageNet-1k."""
+    return hashlib.sha256("\0".join(wnids).encode(errors="surrogateescape")).hexdigest() == IMAGENET_WNIDS_SHA256
+
+
+def _imagenet_names(wnids):
+    """{wnid: name} of ImageNet-1k's classes, given in label order: the same names whatever form the images have."""
+    from torchvision.models import ResNet50_Weights  # brings torch, which the workers do without
+
+    return dict(zip(wnids, ResNet50_Weights.IMAGENET1K_V1.meta["categories"], strict=True))
+
+
+def has_class_folders(folder):
+    """Whether `folder` is the top of an ImageFolder tree."""
+    with os.scandir(folder) as entries:
+        return any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+
+
 def _class_folders(folder):
     try:
         with os.scandir(folder) as entries:
             listed = [(entry.name, entry.is_dir()) for entry in entries]
     except OSError as error:
-        raise RunError(
-            f"cannot read {folder}: {error.strerror}; expected {folder}/<class>/<image>, one folder a class"
-        ) from None
+        raise RunError(f"cannot read {folder}: {error.strerror}; {_expected(folder)}") from None
     names = sorted(name for name, is_folder in listed if is_folder and not name.startswith("."))
     if not names:
-        raise RunError(f"{folder} holds no class folders; expected {folder}/<class>/<image>, one folder a class")
+        raise RunError(f"{folder} holds no class folders; {_expected(folder)}")
     return names, len(listed) - len(names)
+
+
+def _expected(folder):
+    from rn50 import imagenet
+
+    forms = "".join(f", or {form}" for form in imagenet.forms(os.path.basename(folder)))
+    return f"expected {folder}/<class>/<image>{forms}"
 
 
 def decode_image(data):

@@ -1,6 +1,7 @@
 """rn50/imagenet.py: the four forms in which ImageNet comes give the same .beton files, and damage is one line."""
 
 import csv
+import hashlib
 import io
 import itertools
 import json
@@ -19,9 +20,9 @@ from pyarrow import parquet
 from scipy.io import savemat
 
 import write_dataset
-from rn50 import beton, imagenet
+from rn50 import beton, imagenet, sources
 from rn50.errors import RunError
-from rn50.sources import open_source
+from rn50.sources import IMAGENETTE_NAMES, open_source
 from tests.test_write_dataset import contents, convert
 
 # Label order is that of the wnids; ids follow the devkit's own order, and other synsets lie between them.
@@ -339,6 +340,10 @@ def test_counts_are_those_of_imagenet_where_it_should_be_imagenet(forms, monkeyp
     imagenet.check_counts(source, "train", "any")
     monkeypatch.setattr(imagenet, "CLASSES", 5)
     monkeypatch.setattr(imagenet, "COUNTS", {"train": 22, "val": 10})
+    with pytest.raises(RunError, match="its 5 classes are not those of ImageNet-1k"):
+        imagenet.check_counts(source, "train", "auto")
+    monkeypatch.setattr(sources, "IMAGENET_WNIDS_SHA256", hashlib.sha256("\0".join(WNIDS).encode()).hexdigest())
+    monkeypatch.setattr(sources, "_imagenet_names", lambda wnids: {})
     for form in FORMS:
         for split in ("train", "val"):
             imagenet.check_counts(open_source(forms[form], split), split, "imagenet")
@@ -358,4 +363,70 @@ def test_the_flagship_conversion_insists_on_all_of_imagenet(forms, tmp_path):
     config = Path(write_dataset.__file__).parent / "rn50_configs" / "write_imagenet.yaml"
     done = convert(forms["imagefolder"], tmp_path, "--config-file", config, status=1)
     assert "error: train in" in done.stderr
-    assert "is not complete: 22 images of 5 classes" in done.stderr
+    assert "is not all of ImageNet-1k: 22 images of 5 classes" in done.stderr
+
+
+def test_all_of_imagenet_has_names_for_people_in_every_form(tmp_path):
+    """torchvision's names go by position; ImageNet-1k's wnids are known to rn50 by their checksum alone."""
+    names = sources._imagenet_names([str(k) for k in range(1000)])
+    assert len(set(names.values())) == 1000
+    assert [names[str(k)] for k in (0, 134, 217, 517, 638, 639, 701, 998)] == [
+        "tench", "crane bird", "English springer", "crane", "maillot", "maillot tank suit", "parachute", "ear"
+    ]  # fmt: skip
+    assert not sources.is_imagenet(IMAGENETTE_NAMES)
+
+
+def test_a_tree_of_all_of_imagenet_gets_its_names(tmp_path, monkeypatch):
+    for k in range(1000):
+        write(tmp_path / "train" / f"n{k:08d}" / "1.JPEG", b"")
+    assert open_source(tmp_path, "train").classes[1]["name"] == "n00000001"
+    wnids = "\0".join(f"n{k:08d}" for k in range(1000))
+    monkeypatch.setattr(sources, "IMAGENET_WNIDS_SHA256", hashlib.sha256(wnids.encode()).hexdigest())
+    assert open_source(tmp_path, "train").classes[1] == {"wnid": "n00000001", "name": "goldfish"}
+
+
+def test_the_odd_validation_image_is_named(tmp_path):
+    """ILSVRC2012_val_00019877 is CMYK, and no published list of such files has it."""
+    write(tmp_path / "val" / "n13133613" / "ILSVRC2012_val_00019877.JPEG", picture(1, mode="CMYK"))
+    odd = imagenet.odd_images(open_source(tmp_path, "val"))
+    assert odd == [("n13133613/ILSVRC2012_val_00019877.JPEG", "CMYK")]
+
+
+def test_kaggles_validation_images_may_lie_in_class_folders(forms, tmp_path):
+    """What people's valprep.sh leaves."""
+    root = shutil.copytree(forms["kaggle"], tmp_path / "root")
+    folder = root / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    for wnid, listed in make_images()["val"].items():
+        for name in listed:
+            (folder / wnid).mkdir(exist_ok=True)
+            (folder / name).rename(folder / wnid / name)
+    source, flat = open_source(root, "val"), open_source(forms["kaggle"], "val")
+    assert (source.digest(), source.classes) == (flat.digest(), flat.classes)
+    assert [source.read(i) for i in range(len(source))] == [flat.read(i) for i in range(len(flat))]
+    assert sources.split_classes(root, "val") == set(WNIDS)
+
+
+def test_tars_beside_folders_without_class_folders_are_read(forms, tmp_path):
+    """Folders made for unpacking, or images unpacked flat."""
+    root = shutil.copytree(forms["ilsvrc-tar"], tmp_path / "root")
+    write(root / "val" / "ILSVRC2012_val_00000001.JPEG", picture(1))
+    (root / "train").mkdir()
+    for split in ("train", "val"):
+        assert open_source(root, split).kind == "ilsvrc-tar"
+        assert sources.split_classes(root, split) == set(WNIDS)
+
+
+def test_what_macos_adds_to_tars_is_left_out(forms, tmp_path):
+    root = shutil.copytree(forms["ilsvrc-tar"], tmp_path / "root")
+    with tarfile.open(root / "ILSVRC2012_img_train.tar", "a") as tar:
+        add(tar, "._n01440764.tar", b"Mac OS X" * 100)
+        add(tar, ".DS_Store", b"Bud1" * 100)
+    source = open_source(root, "train")
+    assert (len(source), source.ignored) == (22, 2)
+    assert sources.split_classes(root, "train") == set(WNIDS)
+
+
+def test_flat_validation_images_without_labels_are_refused_with_what_is_supported(forms, tmp_path):
+    shutil.copytree(forms["kaggle"] / "ILSVRC" / "Data" / "CLS-LOC", tmp_path / "CLS-LOC")
+    with pytest.raises(RunError, match="no class folders; expected .*devkit_t12.*LOC_val_solution.csv.*parquet"):
+        open_source(tmp_path / "CLS-LOC", "val")
