@@ -11,12 +11,14 @@ import onnx
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from rn50 import checkpoint, export
 from rn50.errors import RunError
 from rn50.sources import IMAGENETTE_NAMES
 from tests import tiny_model
 from tests.conftest import ROOT
+from tools import export_model
 
 sys.path.insert(0, str(ROOT / "app"))
 import inference
@@ -35,6 +37,24 @@ def run(*arguments):
 def network_of(path, *, ema=True):
     state = checkpoint.load(path)
     return export.load_network(export.architecture(state), state["ema"]["model"] if ema else state["model"])
+
+
+@pytest.fixture(scope="module")
+def odd_files(textures, tmp_path_factory):
+    """Kaggle's form of a few validation images; in one the camera lay on its side, as in some of ImageNet's."""
+    root = tmp_path_factory.mktemp("odd")
+    folder = root / "ILSVRC" / "Data" / "CLS-LOC" / "val"
+    folder.mkdir(parents=True)
+    rows = ["ImageId,PredictionString"]
+    for k, path in enumerate(sorted(textures.glob("val/*/0000.jpg"))):
+        with Image.open(path) as picture:
+            exif = Image.Exif()
+            exif[0x0112] = 6 if k == 3 else 1
+            stored = picture.transpose(Image.Transpose.ROTATE_90) if k == 3 else picture
+            stored.save(folder / f"image_{k}.JPEG", quality=95, exif=exif)
+        rows.append(f"image_{k},{path.parent.name} 1 2 3 4")
+    (root / "LOC_val_solution.csv").write_text("\n".join(rows))
+    return root
 
 
 def test_the_exported_network_is_the_checkpoints_ema_on_real_images(exported, tiny_checkpoint, textures, config):
@@ -236,3 +256,9 @@ def test_labels_of_other_betons_are_refused(tiny_checkpoint, betons, tmp_path, m
     with pytest.raises(SystemExit):
         tool.errors.run(tool.main)
     assert "has 11 classes, the checkpoint 10" in capsys.readouterr().err
+
+
+def test_files_lying_on_their_side_and_in_any_form_are_compared(exported, odd_files, tiny_checkpoint, config):
+    measured = export_model.compare_on_files(exported[0], network_of(tiny_checkpoint), odd_files, 10, config)
+    assert measured["images"] == 10
+    assert measured["logits"] <= 1e-3

@@ -11,6 +11,8 @@ the app with torchvision's transforms and PyTorch on image files.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -23,7 +25,7 @@ from statistics import median
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
@@ -348,9 +350,13 @@ def compare_on_files(folder, network, images, count, config):
     right, worst = {"app": 0, "pil": 0}, 0.0
     for i in tqdm(chosen, disable=not sys.stderr.isatty(), unit="image", leave=False):
         label = source.item(i)[1]
-        ours = app.predict(source.read(i)).logits
-        with Image.open(source.path(i)) as picture, torch.inference_mode():
-            theirs = network(evaluation_transform(picture.convert("RGB"), prepared)[None])[0].numpy()
+        data = source.read(i)
+        ours = app.predict(data).logits
+        with Image.open(io.BytesIO(data)) as picture, torch.inference_mode():
+            upright = picture
+            with contextlib.suppress(Exception):  # damaged EXIF data is common and says nothing about the pixels
+                upright = ImageOps.exif_transpose(picture)  # as the .beton files and the app have it
+            theirs = network(evaluation_transform(upright.convert("RGB"), prepared)[None])[0].numpy()
         worst = max(worst, float(np.abs(ours - theirs).max()))
         right["app"] += int(ours.argmax() == label)
         right["pil"] += int(theirs.argmax() == label)
