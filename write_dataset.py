@@ -192,6 +192,9 @@ def convert(job, *, workers, skip_corrupt):
                 if time.monotonic() - committed > COMMIT_SECONDS:
                     ladder.commit()
                     committed = time.monotonic()
+        ladder.commit()
+        written = sum(os.path.getsize(f"{path}.partial") for path in job.paths.values())
+        print(f"{job.split}: every image is written; reading {_bytes(written)} again for the checksums", flush=True)
         ladder.finish(job.manifests)
     finally:
         ladder.close()

@@ -264,6 +264,25 @@ def test_what_cannot_be_continued_starts_over_and_says_why(tmp_path, finished, c
     assert "train_16.json" in made
 
 
+def test_the_disk_begins_to_write_before_it_is_waited_for(tmp_path, monkeypatch):
+    begun = {}
+
+    def fadvise(descriptor, start, length, advice):
+        assert advice == os.POSIX_FADV_DONTNEED
+        begun.setdefault(descriptor, []).append((start, start + length))
+
+    monkeypatch.setattr(beton.os, "posix_fadvise", fadvise)
+    ladder = open_ladder(tmp_path)
+    for first in range(0, 40, 10):
+        add(ladder, range(first, first + 10))
+        ladder.commit()
+    for file in ladder._files.values():
+        ranges = begun[file.handle.fileno()]
+        assert [start for start, _ in ranges] == [file.start, *(end for _, end in ranges[:-1])]
+        assert ranges[-1][1] == file.end == os.path.getsize(file.path)
+    ladder.close()
+
+
 def test_two_conversions_do_not_write_the_same_files(tmp_path):
     ladder = open_ladder(tmp_path)
     with pytest.raises(RunError, match="another conversion"):
