@@ -29,6 +29,7 @@ NEARLY_ALL = 900
 DEVKIT, META, TRUTH = "ILSVRC2012_devkit_t12", "meta.mat", "ILSVRC2012_validation_ground_truth.txt"
 KAGGLE = os.path.join("ILSVRC", "Data", "CLS-LOC")
 SAY_SECONDS = 10
+MAX_PADDING = 1 << 20  # bytes behind a tar's last member; tar itself rounds up to 10 KiB
 WNID = re.compile(r"n\d{8}")
 # Not what their extension says, or not RGB: github.com/cytsai/ilsvrc-cmyk-image-list, the notes of
 # tensorflow_datasets' imagenet2012, and a validation image that their authors overlooked (imread_benchmark's
@@ -242,7 +243,16 @@ def _tar_path(root, split):
 
 def _inner_tars(path):
     with _reading(path), tarfile.open(path, "r:") as outer:
-        return [member.name for member in outer if _is_inner_tar(member)]
+        names = [member.name for member in outer if _is_inner_tar(member)]
+        _check_end(outer, os.path.getsize(path))
+    return names
+
+
+def _check_end(tar, end):
+    """ReadError where much follows the last member: downloads into a file of the final size leave zeros, and tarfile
+    takes those, or anything else that is no header, for the end."""
+    if end - tar.offset > MAX_PADDING:
+        raise tarfile.ReadError(f"nothing readable after {tar.offset} of {end} bytes")
 
 
 def _is_inner_tar(member):
@@ -256,6 +266,8 @@ def _members(path, nested):
     said, size = time.monotonic(), os.path.getsize(path)
     with _reading(path), open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
         parts = [(m, True) for m in outer] if nested else [(None, False)]
+        if nested:
+            _check_end(outer, size)
         for part, is_tar in parts:
             if is_tar and not _is_inner_tar(part):
                 ignored += part.isfile()
@@ -274,6 +286,7 @@ def _members(path, nested):
                     places.append((member.offset_data, member.size))
                 else:
                     ignored += member.isfile()
+            _check_end(members, end)
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()
                 print(f"{path}: {len(names)} members found, {file.tell() / size:.0%}", flush=True)
@@ -291,7 +304,9 @@ class _reading:
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, OSError | tarfile.TarError | EOFError):
-            raise RunError(f"{self.path} is damaged or incomplete ({error}); download it again") from None
+            raise RunError(
+                f"{self.path} is damaged or incomplete ({error}); finish its download or repeat it"
+            ) from None
 
 
 # --- Kaggle ----------------------------------------------------------------------------------------------------------

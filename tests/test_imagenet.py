@@ -416,6 +416,39 @@ def test_tars_beside_folders_without_class_folders_are_read(forms, tmp_path):
         assert sources.split_classes(root, split) == set(WNIDS)
 
 
+@pytest.mark.parametrize("filler", [b"\0", b"\xa5"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_tar_with_its_end_still_to_come_is_not_taken_for_a_small_one(forms, tmp_path, split, filler):
+    """Downloaders that reserve the final size leave zeros, which end a tar like any other."""
+    root = shutil.copytree(forms["ilsvrc-tar"], tmp_path / "root")
+    path = root / f"ILSVRC2012_img_{split}.tar"
+    with tarfile.open(path) as tar:
+        cut = tar.getmembers()[2].offset
+    data = path.read_bytes()
+    path.write_bytes(data[:cut] + filler * (2 << 20))
+    with pytest.raises(RunError, match="damaged or incomplete .*nothing readable after"):
+        open_source(root, split)
+    if split == "train":
+        with pytest.raises(RunError, match="damaged or incomplete"):
+            sources.split_classes(root, split)
+
+
+def test_an_inner_tar_with_its_end_still_to_come_is_not_taken_for_a_small_one(tmp_path):
+    inner = io.BytesIO()
+    with tarfile.open(fileobj=inner, mode="w") as tar:
+        for k in range(4):
+            add(tar, f"n01440764_{k}.JPEG", bytes([k + 1]) * (1 << 20))
+    path = tmp_path / "ILSVRC2012_img_train.tar"
+    with tarfile.open(path, "w") as outer:
+        add(outer, "n01440764.tar", inner.getvalue())
+    assert len(open_source(tmp_path, "train")) == 4
+    with open(path, "r+b") as file:
+        file.seek(512 + 2 * (512 + (1 << 20)))  # the header of the third image
+        file.write(bytes(512))
+    with pytest.raises(RunError, match="damaged or incomplete .*nothing readable after"):
+        open_source(tmp_path, "train")
+
+
 def test_what_macos_adds_to_tars_is_left_out(forms, tmp_path):
     root = shutil.copytree(forms["ilsvrc-tar"], tmp_path / "root")
     with tarfile.open(root / "ILSVRC2012_img_train.tar", "a") as tar:
