@@ -3,11 +3,18 @@
 import os
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from rn50.errors import RunError
+from rn50.errors import RunError, UsageError
+
+NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+# How much longer than the hosts GPUs wait for each other: NCCL ends the process, which could then not say why.
+GPU_PATIENCE = timedelta(seconds=60)
+
+_hosts = None  # the group of the hosts, where it is not the default one
 
 
 class LostContact(RunError):
@@ -19,13 +26,29 @@ def setup(device_name, *, timeout=600):
 
     device_name: `auto` (CUDA when there is one), `cuda` or `cpu`. timeout: seconds after which a rank that does not
     answer is given up. Returns (device, rank, world_size). The device is set before anything allocates on it, or every
-    rank would open a context on GPU 0.
+    rank would open a context on GPU 0. RunError where `auto` would train on the CPU beside a GPU or torch has no
+    code for this GPU, UsageError where there are fewer GPUs than ranks.
     """
+    global _hosts
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
+        if device_name == "cpu" and NVIDIA_DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+            raise RunError(
+                f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU: the driver may be too "
+                f"old for CUDA {torch.version.cuda} (nvidia-smi names the newest it knows), or a container was "
+                "started without --gpus all; training.device=cpu trains without a GPU"
+            )
+    if device_name == "cuda" and ranks_on_this_node() > torch.cuda.device_count():
+        raise UsageError(
+            f"torchrun --nproc_per_node={ranks_on_this_node()} needs as many GPUs; torch sees "
+            f"{torch.cuda.device_count()} here"
+        )
     device = torch.device(device_name, local_rank()) if device_name == "cuda" else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        _refuse_old(device)
+    # cuDNN measures once for each shape which of its kernels is fastest; an epoch has one
+    torch.backends.cudnn.benchmark = True
     # ffcv sets torch to one thread as it is imported
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // ranks_on_this_node())))
     if "RANK" in os.environ:
@@ -33,9 +56,21 @@ def setup(device_name, *, timeout=600):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-        dist.init_process_group(backend, store=_own(store), rank=rank, world_size=world_size, timeout=limit)
+        patience = GPU_PATIENCE if device.type == "cuda" else timedelta(0)
+        dist.init_process_group(backend, store=_own(store), rank=rank, world_size=world_size, timeout=limit + patience)
+        _hosts = dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else None
         return device, rank, world_size
     return device, 0, 1
+
+
+def _refuse_old(device):
+    built_for = [int(arch.removeprefix("sm_")) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
+    major, minor = torch.cuda.get_device_capability(device)
+    if built_for and 10 * major + minor < min(built_for):
+        raise RunError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
+            f"{torch.__version__} is built for {min(built_for) / 10} and later: install a torch for an older CUDA"
+        )
 
 
 def _own(store):
@@ -79,7 +114,7 @@ def agree(*values):
     if not dist.is_initialized():
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_hosts)
     return tensor.tolist()
 
 
@@ -88,7 +123,7 @@ def from_rank_0(value):
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"), group=_hosts)
     return values[0]
 
 
