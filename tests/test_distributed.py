@@ -86,3 +86,15 @@ def test_hosts_of_gpus_talk_beside_them_and_give_up_first(gpus, monkeypatch):
     finally:
         distributed.shutdown()
         monkeypatch.setattr(distributed, "_hosts", None)
+
+
+@pytest.mark.parametrize(
+    "words", ["[gloo/transport/tcp/pair.cc:545] Read error", "Application timeout caused pair closure"]
+)
+def test_what_gloo_says_of_a_lost_rank_is_one_line(monkeypatch, words):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with pytest.raises(distributed.LostContact, match="rank 0 lost contact"), distributed.contact():
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match="a bug"), distributed.contact():
+        raise RuntimeError("a bug")
