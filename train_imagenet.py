@@ -387,7 +387,7 @@ def begin(run):
 
 
 def try_largest(run):
-    """Let what does not fit the memory fail here, not where the resolution has risen and hours are paid for."""
+    """UsageError where the largest step or evaluation does not fit: not after hours, where the resolution has risen."""
     cfg, left = run.cfg, range(run.progress.epoch, run.cfg.training.epochs)
     if not left:
         return
@@ -397,24 +397,25 @@ def try_largest(run):
     def batch(images, px):
         return torch.zeros(images, px, px, 3, dtype=torch.uint8, device=run.device).permute(0, 3, 1, 2)
 
-    with fitting(run, f"{px} px with training.micro_batch={micro}"):
+    with fitting(run, f"{px} px with training.micro_batch={micro}", UsageError):
         labels = torch.zeros(micro, dtype=torch.int64, device=run.device)
         forward_backward(replace(run, model=network), batch(micro, px), labels, 1)
         if run.device.type == "cuda":
             taken, there_is = torch.cuda.max_memory_reserved(run.device), torch.cuda.mem_get_info(run.device)[1]
             run.say(f"{micro} images of {px} px take {taken / 2**30:.1f} of the GPU's {there_is / 2**30:.1f} GiB")
     px, images = max(cfg.validation.resolutions), cfg.validation.batch_size
-    with fitting(run, f"{px} px with validation.batch_size={images}"), torch.inference_mode(), run.autocast():
+    what = f"{px} px with validation.batch_size={images}"
+    with fitting(run, what, UsageError), torch.inference_mode(), run.autocast():
         network.eval()(normalize(batch(images, px)))
 
 
 @contextlib.contextmanager
-def fitting(run, what):
+def fitting(run, what, refusal=RunError):
     """One line where `what`, a resolution and the setting that counts its images, is too much for the GPU's memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise RunError(
+        raise refusal(
             f"out of memory on {run.device} at {what}: make it smaller (for training as a new run; "
             f"tools/preflight.py finds what fits), or end what else uses this GPU. {str(error).splitlines()[0]}"
         ) from error

@@ -26,14 +26,14 @@ def setup(device_name, *, timeout=600):
 
     device_name: `auto` (CUDA when there is one), `cuda` or `cpu`. timeout: seconds after which a rank that does not
     answer is given up. Returns (device, rank, world_size). The device is set before anything allocates on it, or every
-    rank would open a context on GPU 0. RunError where `auto` would train on the CPU beside a GPU or torch has no
-    code for this GPU, UsageError where there are fewer GPUs than ranks.
+    rank would open a context on GPU 0. UsageError where `auto` would train on the CPU beside a GPU, where torch
+    has no code for this GPU, and where there are fewer GPUs than ranks.
     """
     global _hosts
     if device_name == "auto":
         device_name = "cuda" if torch.cuda.is_available() else "cpu"
         if device_name == "cpu" and NVIDIA_DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-            raise RunError(
+            raise UsageError(
                 f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU: the driver may be too "
                 f"old for CUDA {torch.version.cuda} (nvidia-smi names the newest it knows), or a container was "
                 "started without --gpus all; training.device=cpu trains without a GPU"
@@ -67,7 +67,7 @@ def _refuse_old(device):
     built_for = [int(arch.removeprefix("sm_")) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
     major, minor = torch.cuda.get_device_capability(device)
     if built_for and 10 * major + minor < min(built_for):
-        raise RunError(
+        raise UsageError(
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
             f"{torch.__version__} is built for {min(built_for) / 10} and later: install a torch for an older CUDA"
         )

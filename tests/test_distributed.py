@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from rn50 import distributed
-from rn50.errors import RunError, UsageError
+from rn50.errors import UsageError
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(gpus, monkeyp
     monkeypatch.setattr(distributed, "NVIDIA_DRIVER", tmp_path / "version")
     assert distributed.setup("auto")[0] == torch.device("cpu")
     (tmp_path / "version").touch()
-    with pytest.raises(RunError, match="driver.*training.device=cpu"):
+    with pytest.raises(UsageError, match="driver.*training.device=cpu"):
         distributed.setup("auto")
     assert distributed.setup("cpu")[0] == torch.device("cpu")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # whoever sets this means the CPU
@@ -60,7 +60,7 @@ def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(gpus, monkeyp
 
 def test_a_gpu_that_torch_has_no_code_for_is_refused(gpus):
     gpus(1, capability=(7, 0))
-    with pytest.raises(RunError, match="Some GPU has compute capability 7.0, .* 7.5 and later"):
+    with pytest.raises(UsageError, match="Some GPU has compute capability 7.0, .* 7.5 and later"):
         distributed.setup("auto")
     gpus(1, capability=(7, 5))
     assert distributed.setup("auto")[0].type == "cuda"

@@ -428,7 +428,7 @@ def test_the_largest_step_is_tried_before_the_first_and_leaves_no_trace(betons, 
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nmore of it")
 
     monkeypatch.setattr(train_imagenet, "forward_backward", no_room)
-    with pytest.raises(RunError, match=r"at 48 px with training.micro_batch=20: .* allocate 20 MiB\.$"):
+    with pytest.raises(UsageError, match=r"at 48 px with training.micro_batch=20: .* allocate 20 MiB\.$"):
         train_imagenet.try_largest(run)
     with pytest.raises(RunError, match="at 32 px with training.micro_batch=20"):
         train_imagenet.train_one_epoch(run)
