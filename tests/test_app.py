@@ -274,6 +274,30 @@ def test_requirements_pin_all_that_is_installed():
     assert not any(line.startswith(("torch", "ffcv", "rn50")) for line in pinned)
 
 
+def test_the_pins_allow_what_a_space_installs_with_them():
+    """Spaces ask for gradio[oauth,mcp] beside the requirements, uvicorn>=0.14.0 and websockets>=10.4."""
+    from packaging.requirements import Requirement
+
+    if not tiny_model.APP_PYTHON.exists():
+        pytest.skip("the Space's packages are not installed; run: bash tools/app.sh --install")
+    code = "from importlib.metadata import requires; print(*requires('gradio'), sep='\\n')"
+    listed = subprocess.run([tiny_model.APP_PYTHON, "-c", code], capture_output=True, text=True, timeout=60).stdout
+    lines = (ROOT / "app/requirements.txt").read_text().splitlines()
+    pinned = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
+    asked = [Requirement(line) for line in [*listed.splitlines(), "uvicorn>=0.14.0", "websockets>=10.4"]]
+    asked = [
+        wanted
+        for wanted in asked
+        if not wanted.marker
+        or any(wanted.marker.evaluate({"extra": extra, "python_version": "3.11"}) for extra in ("", "oauth", "mcp"))
+    ]
+    assert {wanted.name for wanted in asked} >= {"mcp", "authlib", "pydantic"}
+    for wanted in asked:
+        name = wanted.name.lower().replace("_", "-")
+        if name in pinned:
+            assert wanted.specifier.contains(pinned[name]), f"{wanted} of the Space, {pinned[name]} of ours"
+
+
 def test_the_page_reaches_nobody_and_writes_nothing_elsewhere(app):
     """No fonts, version checks or usage reports, of Gradio, huggingface_hub or ONNX Runtime: it works offline."""
     assert app.contacted() <= {"127.0.0.1", "localhost", "::1", "0.0.0.0"}
