@@ -20,7 +20,8 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
 
 # Read by gradio and huggingface_hub while they are imported.
@@ -149,14 +150,27 @@ def sweep(kept):
     """Delete for ever what Gradio does not: uploads that were broken off, and the empty folders of all others."""
     while True:
         time.sleep(1)
+        coming_in = open_here()
         # deepest first, so that a folder is empty when its turn comes
         for path in sorted(Path(UPLOADS).rglob("*"), reverse=True):
             try:
                 if path in kept or time.time() - path.lstat().st_ctime < DELETE_AFTER + DELETE_EVERY + 2:
                     continue
+                # the first pictures of a batch wait for its last, over a slow line for minutes
+                if os.path.realpath(path) in coming_in:
+                    continue
                 path.rmdir() if path.is_dir() else path.unlink()
             except OSError:  # not empty, or gone by itself
                 continue
+
+
+def open_here():
+    """The paths of the files that this process has open, on Linux."""
+    paths = set()
+    for link in glob("/proc/self/fd/*"):
+        with suppress(OSError):
+            paths.add(os.readlink(link))
+    return paths
 
 
 async def only_uploads(self, url_or_file_path):
