@@ -68,10 +68,13 @@ def from_hub():
     except (OSError, ValueError, KeyError):
         raise BadModel("no model: set MODEL_DIR to an exported one, or publish this with tools/publish.py") from None
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         # with a commit's id, files that are in the cache are taken from it without asking the Hub
         paths = [hf_hub_download(repo, name, revision=revision) for name in files]
+    except RepositoryNotFoundError:
+        raise BadModel(f"{repo} is gone or private: the Space then needs a secret HF_TOKEN that may read it") from None
     except Exception as error:
         raise BadModel(f"cannot download {repo} at {revision}: {str(error).splitlines()[0]}") from None
     return os.path.dirname(paths[files.index("config.json")])
