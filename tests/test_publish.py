@@ -66,6 +66,10 @@ def test_publishing_again_is_one_commit_each_and_the_space_runs_the_commit_it_na
         assert front["models"] == ["me/net"]
         assert front["preload_from_hub"] == [f"me/net {','.join(pointer['files'])} {revision}"]
         assert front["sdk"] == "gradio"
+        # what the Hub's validation asks for beside
+        assert len(front["short_description"]) <= 60
+        colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+        assert {front["colorFrom"], front["colorTo"]} <= colours
 
         # another export: what is gone there goes here too, what is not ours stays
         removed = sorted(model.glob("examples/*.jpg"))[0]
@@ -235,5 +239,8 @@ def test_the_token_of_hf_auth_login_is_taken(model, tmp_path):
 def test_a_folder_that_is_no_model_is_refused(tmp_path, model):
     assert_refused(run(tmp_path, "--model", tmp_path, "--repo", "me/net"), "no config.json")
     assert_refused(run(tmp_path, "--model", model, "--repo", "net"), "not of the form USER/NAME", status=2)
+    # names that the Hub does not take, before anything is sent
+    for name in ("me/net--v2", "me/net.git", f"me/{'n' * 97}"):
+        assert_refused(run(tmp_path, "--model", model, "--repo", name, "--dry-run"), name, status=2)
     (model / "model.safetensors").unlink()
     assert_refused(run(tmp_path, "--model", model, "--repo", "me/net", "--dry-run"), "lacks model.safetensors")

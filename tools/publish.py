@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from rn50 import errors
 from rn50.errors import RunError, UsageError
@@ -74,6 +76,10 @@ def arguments():
     for name in filter(None, (args.repo, args.space)):
         if not REPO.fullmatch(name):
             raise UsageError(f"{name} is not of the form USER/NAME")
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise UsageError(" ".join(str(error).split())) from None
     return args
 
 
