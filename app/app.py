@@ -511,9 +511,10 @@ def build():
 def main():
     # so that what atexit does is done
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    page, looks = build()
+    global demo  # the name by which a Space finds the page to reload it
+    demo, looks = build()
     threading.Thread(target=sweep, args=({*Path(UPLOADS).rglob("*")},), daemon=True).start()
-    page.launch(
+    demo.launch(
         **looks,
         footer_links=[],
         max_file_size=MAX_BYTES,
