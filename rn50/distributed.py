@@ -1,13 +1,17 @@
 """torchrun's environment, and what ranks tell each other. Without torchrun: one rank, nothing to set up."""
 
 import os
+import re
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from rn50.errors import RunError
+from rn50.errors import RunError, UsageError
+
+DEVICE_FILES = Path("/dev")
 
 
 class LostContact(RunError):
@@ -18,13 +22,12 @@ def setup(device_name, *, timeout=600):
     """Join the process group that torchrun describes and choose this rank's device.
 
     device_name: `auto` (CUDA when there is one), `cuda` or `cpu`. timeout: seconds after which a rank that does not
-    answer is given up. Returns (device, rank, world_size). The device is set before anything allocates on it, or every
-    rank would open a context on GPU 0.
+    answer is given up. Returns (device, rank, world_size). Raises UsageError where torch cannot use the GPU there is.
+    The device is set before anything allocates on it, or every rank would open a context on GPU 0.
     """
-    if device_name == "auto":
-        device_name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(device_name, local_rank()) if device_name == "cuda" else torch.device("cpu")
+    device = choose_device(device_name)
     if device.type == "cuda":
+        check_architecture(device)
         torch.cuda.set_device(device)
     # ffcv sets torch to one thread as it is imported
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // ranks_on_this_node())))
@@ -36,6 +39,44 @@ def setup(device_name, *, timeout=600):
         dist.init_process_group(backend, store=_own(store), rank=rank, world_size=world_size, timeout=limit)
         return device, rank, world_size
     return device, 0, 1
+
+
+def choose_device(device_name):
+    """This rank's torch.device for `auto`, `cuda` or `cpu`. Raises UsageError where there is no GPU that torch can use.
+
+    For `auto`, only where there seems to be one: hours on the processor are no substitute.
+    """
+    if device_name == "cpu" or torch.cuda.is_available():
+        return torch.device("cpu") if device_name == "cpu" else torch.device("cuda", local_rank())
+    found = sorted(path.name for path in DEVICE_FILES.glob("nvidia[0-9]*"))
+    if found and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        cause = "it was built without CUDA"
+        if torch.version.cuda:
+            cause = f"the driver (nvidia-smi) is older than its CUDA {torch.version.cuda} needs (13: 580), or fails"
+        raise UsageError(
+            f"there is an NVIDIA GPU ({', '.join(found)}), but torch {torch.__version__} cannot use it: {cause}; "
+            "training.device=cpu trains on the processor"
+        )
+    if device_name == "cuda":
+        raise UsageError("training.device=cuda, but torch sees no GPU here; use auto or cpu")
+    return torch.device("cpu")
+
+
+def check_architecture(device):
+    """Raise UsageError where torch has no code for the GPU: its first kernel would say so in other words."""
+    major, minor = torch.cuda.get_device_capability(device)
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)", name) for name in torch.cuda.get_arch_list()]
+    # a binary runs on later minor versions of its major one, PTX (compute) on everything later
+    runs = any(
+        (int(name[2]) == major and int(name[3]) <= minor) or (name[1] == "compute" and int(name[2]) < major)
+        for name in built
+        if name
+    )
+    if not runs:
+        raise UsageError(
+            f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(device)} (sm_{major}{minor}), only "
+            f"for {', '.join(torch.cuda.get_arch_list())}: take a newer GPU, or training.device=cpu"
+        )
 
 
 def _own(store):
