@@ -182,8 +182,7 @@ def check(cfg):
         raise UsageError(f"data.crop_scale must be two shares of the area, the smaller first, not {scale}")
     if training.nesterov and not training.momentum:
         raise UsageError("training.nesterov needs training.momentum above 0")
-    if training.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("training.device=cuda, but torch sees no GPU here; use auto or cpu")
+    distributed.choose_device(training.device)
     price = budget.price(**prices(cfg))
     if cfg.budget.max_dollars is not None and price is None:
         raise UsageError("budget.max_dollars needs budget.dollars_per_hour or budget.instance")
@@ -590,6 +589,7 @@ def guard_money(run):
             rung=loaders.training_rung(run.train.rungs, cfg.resolution.end, cfg.data.rung),
             gpu_name=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None,
             gpus=run.world_size,
+            machines=machines,
             vcpus=distributed.cores(),
             memory_gib=loaders.memory_bytes() / 2**30,
         )

@@ -6,9 +6,11 @@ not seen: a machine that waits must be shut down.
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
+import re
 import threading
 import time
 from functools import cache
@@ -90,7 +92,7 @@ class Guard(Meter):
     def refusal(self, *, rung, **machine):
         """(why the rest of the schedule should not begin or None, what could not be projected or None).
 
-        rung: px of the training file. machine: gpu_name, gpus, vcpus and memory_gib of `projected_hours`.
+        rung: px of the training file. machine: gpu_name, gpus, machines, vcpus and memory_gib of `projected_hours`.
         """
         if self.max_dollars is None or self.spent():
             return None, None
@@ -117,7 +119,7 @@ class Guard(Meter):
                 costs.read_recipes(costs.read_table()),
                 lambda recipe: projected_hours(recipe, **machine)[0],
                 self.dollars_per_hour,
-                self.max_dollars - self.dollars,
+                self.max_dollars - self.dollars - self.cost(STOP_SECONDS),
             )
             message += f"; the largest recipe that fits: {fits[0]}, ${fits[1]:.2f}" if fits else "; no recipe fits"
         return message, None
@@ -167,37 +169,38 @@ def price(*, dollars_per_hour, instance, spot):
         return dollars_per_hour
     if instance is None:
         return None
-    return _named(costs.read_table(), instance, spot).dollars_high
-
-
-def _named(table, instance, spot):
-    known = {machine.name: machine for machine in costs.machines(table, spot)}
+    known = {machine.name: machine for machine in costs.machines(costs.read_table(), spot)}
     if instance not in known:
         what = "no spot price is known for" if spot else "there is no price of"
         raise UsageError(
             f"budget.instance: {what} {instance}; give budget.dollars_per_hour, or one of {', '.join(known)}"
         )
-    return known[instance]
+    return known[instance].dollars_high
 
 
-def projected_hours(recipe, *, images, validation_images, instance, spot, gpu_name, gpus, vcpus, memory_gib):
+def projected_hours(recipe, *, images, validation_images, instance, spot, gpu_name, gpus, machines, vcpus, memory_gib):
     """(hours of training and evaluation, typical relative error) from published throughput, or None.
 
     recipe: a costs.Recipe of ResNet-50. instance: its row of the table; else the GPU that `gpu_name` names, None where
-    the table does not know it. images, validation_images: how many there are in the betons.
+    the table knows neither. gpus: that the run uses, on all `machines` together. vcpus, memory_gib: of one of them.
+    images, validation_images: how many there are in the betons.
     """
     table = costs.read_table()
-    if instance:
-        machine = _named(table, instance, spot)
+    # whatever the price, the table knows the hardware
+    known = {machine.name: machine for machine in costs.machines(table, spot=False)}
+    if instance in known:
+        machine = known[instance]
+        machine = dataclasses.replace(machine, gpus=gpus, vcpus=machines * machine.vcpus)
     else:
-        known = [name for name in table.gpu if name in (gpu_name or "")]
-        if not known:
+        # whole words: an L40 is no L4
+        named = [name for name in table.gpu if re.search(rf"\b{name}\b", gpu_name or "")]
+        if not named:
             return None
         machine = costs.Machine(
             name=gpu_name,
-            gpu=max(known, key=len),
+            gpu=max(named, key=len),
             gpus=gpus,
-            vcpus=vcpus,
+            vcpus=machines * vcpus,
             memory_gib=memory_gib,
             disk_gb=0,
             dollars_per_hour=0,
@@ -243,10 +246,8 @@ def seconds_to_finish(*, resolutions, evaluations, rows, epoch, epoch_share, epo
     done; epoch_share, epoch_seconds: of the one after them. images, validation_images: of an epoch and of an
     evaluation. Where a resolution was not measured, seconds grow with it as published ones do.
     """
-    training = {}
-    for row in rows:
-        training.setdefault(row["resolution"], []).append(row["train_seconds"])
-    seconds = {px: sum(values) / len(values) for px, values in training.items()}
+    # the newest epoch of a resolution: the run may have moved to another machine since the others
+    seconds = {row["resolution"]: row["train_seconds"] for row in rows}
     if epoch < len(resolutions) and epoch_share > 0 and epoch_seconds > 0:
         seconds.setdefault(resolutions[epoch], epoch_seconds / epoch_share)
     if not seconds:
@@ -260,9 +261,11 @@ def seconds_to_finish(*, resolutions, evaluations, rows, epoch, epoch_share, epo
         """By the forward third of a training step."""
         return epoch_at(px) / images / 3 * validation_images * views
 
-    measured = [(sum(forward(*view) for view in evaluations[row["epoch"]]), row["val_seconds"]) for row in rows]
-    expected, took = (sum(column) for column in zip(*measured, strict=True)) if measured else (0, 0)
-    slower = took / expected if expected and took else 1
+    slower = 1
+    for row in rows:
+        expected = sum(forward(*view) for view in evaluations[row["epoch"]])
+        if expected and row["val_seconds"]:
+            slower = row["val_seconds"] / expected
     left = sum(epoch_at(px) for px in resolutions[epoch:])
     if epoch < len(resolutions):
         left -= epoch_at(resolutions[epoch]) * epoch_share

@@ -275,8 +275,8 @@ def read_recipes(table):
 class Machine:
     """A row of the instance table, or what preflight measured.
 
-    `measured`: {px: training images/s} of the whole machine with its loader, in place of the model's, and `limits`:
-    {px: what limited them}.
+    `measured`: {px: training images/s} of the whole machine with its loader, in place of the model's; `limits`:
+    {px: what limited them}; `loader`: {px: images/s of the loader alone}.
     """
 
     name: str
@@ -291,14 +291,21 @@ class Machine:
     note: str = ""
     measured: dict = field(default_factory=dict)
     limits: dict = field(default_factory=dict)
+    loader: dict = field(default_factory=dict)
     micro_batch: int | None = None
     disk_mb_per_s: float | None = None
     staging_mb_per_s: float | None = None
 
 
 def measured_machine(report):
-    """The machine that tools/preflight.py measured; KeyError or TypeError where `report` is not what it writes."""
+    """The machine that tools/preflight.py measured; KeyError, TypeError or ValueError where `report` is not its own."""
     price = report["dollars_per_hour"]
+    measured = {row["resolution"]: row["training_images_per_second"] for row in report["resolutions"]}
+    sizes = [report[key] for key in ("gpus", "vcpus", "memory_gib", "micro_batch")]
+    loader = {row["resolution"]: row["loader_images_per_second"] for row in report["resolutions"]}
+    values = [price, *sizes, *measured, *measured.values(), *loader.values()]
+    if not measured or not all(0 < value < math.inf for value in values):
+        raise ValueError("a size, a price or a speed is missing or not above 0")
     return Machine(
         name=report["instance"],
         gpu=report["device"],
@@ -309,7 +316,8 @@ def measured_machine(report):
         dollars_per_hour=price,
         dollars_low=price,
         dollars_high=price,
-        measured={row["resolution"]: row["training_images_per_second"] for row in report["resolutions"]},
+        measured=measured,
+        loader=loader,
         limits={row["resolution"]: row["limited_by"] for row in report["resolutions"]},
         micro_batch=report["micro_batch"],
         staging_mb_per_s=report["staging_mb_per_s"],
@@ -340,22 +348,26 @@ def machines(table, spot):
     return made
 
 
-def pace(table, speeds, loader, recipe, machine, resolution):
-    """(training images/s, what limits them: GPU, CPU or disk) at `resolution` px."""
+def pace(table, speeds, loader, recipe, machine, resolution, passes=1.0):
+    """(images/s, what limits them: GPU, CPU or disk) at `resolution` px.
+
+    passes: what the GPU does with each image, 1 being forward and backward; the loader decodes each once.
+    """
     if machine.measured:
         nearest = min(machine.measured, key=lambda px: abs(px - resolution))
-        return _interpolate(machine.measured, resolution, speeds.exponent), machine.limits[nearest]
+        rate = _interpolate(machine.measured, resolution, speeds.exponent) / passes
+        return min(rate, _interpolate(machine.loader, resolution, speeds.exponent)), machine.limits[nearest]
     gpu = table.gpu[machine.gpu]
     micro = fitting_micro_batch(table, recipe, machine)
+    # with hardly more vCPUs than GPUs, training and decoding share them
+    decoding = max(machine.vcpus - machine.gpus * table.value("training_vcpus"), machine.vcpus / 2)
     limits = {
         "GPU": speeds.total(machine.gpu, gpu["value"], machine.gpus, resolution),
-        "CPU": (machine.vcpus - machine.gpus * table.value("training_vcpus"))
-        * loader["rn50"]
-        * loader_scale(table, resolution, recipe.rung),
+        "CPU": decoding * loader["rn50"] * loader_scale(table, resolution, recipe.rung),
     }
     # kernels are launched one after the other: a small micro-batch at a low resolution does not fill a fast GPU
     launches = machine.gpus * speeds.efficiency(machine.gpus) * micro / table.value("launch_seconds")
-    limits["GPU"] = min(limits["GPU"], launches)
+    limits["GPU"] = min(limits["GPU"], launches) / passes
     gigabytes = beton_gb(table, recipe.rung)
     # as rn50.loaders.choose_order: what fits in 60 % of memory is read from disk once
     if gigabytes * 1e9 > 0.6 * machine.memory_gib * 2**30:
@@ -391,8 +403,9 @@ def hours(table, speeds, loader, recipe, machine, spot=False):
         limited[limit] = limited.get(limit, 0) + spent
     evaluation = 0.0
     for resolution, views in recipe.evaluated:
-        rate, _ = pace(table, speeds, loader, recipe, machine, resolution)
-        evaluation += table.value("images_val") * views / (rate * table.value("evaluation_speed"))
+        passes = views / table.value("evaluation_speed")
+        rate, _ = pace(table, speeds, loader, recipe, machine, resolution, passes)
+        evaluation += table.value("images_val") / rate
     staging = machine.staging_mb_per_s or table.value("staging_mb_per_s")
     gigabytes = beton_gb(table, recipe.rung) * (1 + table.value("images_val") / table.value("images_train"))
     rework = table.value("spot_rework") if spot else 1

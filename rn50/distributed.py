@@ -1,6 +1,7 @@
 """torchrun's environment, and what ranks tell each other. Without torchrun: one rank, nothing to set up."""
 
 import os
+import re
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch.distributed as dist
 
 from rn50.errors import RunError, UsageError
 
-NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+DEVICE_FILES = Path("/dev")
 # How much longer than the hosts GPUs wait for each other: NCCL ends the process, which could then not say why.
 GPU_PATIENCE = timedelta(seconds=60)
 
@@ -25,28 +26,18 @@ def setup(device_name, *, timeout=600):
     """Join the process group that torchrun describes and choose this rank's device.
 
     device_name: `auto` (CUDA when there is one), `cuda` or `cpu`. timeout: seconds after which a rank that does not
-    answer is given up. Returns (device, rank, world_size). The device is set before anything allocates on it, or every
-    rank would open a context on GPU 0. UsageError where `auto` would train on the CPU beside a GPU, where torch
-    has no code for this GPU, and where there are fewer GPUs than ranks.
+    answer is given up. Returns (device, rank, world_size). Raises UsageError where torch cannot use the GPU there is,
+    or there are fewer GPUs than ranks. The device is set before anything allocates on it, or every rank would open a
+    context on GPU 0.
     """
     global _hosts
-    if device_name == "auto":
-        device_name = "cuda" if torch.cuda.is_available() else "cpu"
-        if device_name == "cpu" and NVIDIA_DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
-            raise UsageError(
-                f"this machine has an NVIDIA driver, but torch {torch.__version__} sees no GPU: the driver may be too "
-                f"old for CUDA {torch.version.cuda} (nvidia-smi names the newest it knows), or a container was "
-                "started without --gpus all; training.device=cpu trains without a GPU"
-            )
-    if device_name == "cuda" and ranks_on_this_node() > torch.cuda.device_count():
-        raise UsageError(
-            f"torchrun --nproc_per_node={ranks_on_this_node()} needs as many GPUs; torch sees "
-            f"{torch.cuda.device_count()} here"
-        )
-    device = torch.device(device_name, local_rank()) if device_name == "cuda" else torch.device("cpu")
+    device = choose_device(device_name)
     if device.type == "cuda":
+        ranks, there_are = ranks_on_this_node(), torch.cuda.device_count()
+        if ranks > there_are:
+            raise UsageError(f"torchrun --nproc_per_node={ranks} needs as many GPUs; torch sees {there_are} here")
         torch.cuda.set_device(device)
-        _refuse_old(device)
+        check_architecture(device)
     # cuDNN measures once for each shape which of its kernels is fastest; an epoch has one
     torch.backends.cudnn.benchmark = True
     # ffcv sets torch to one thread as it is imported
@@ -63,13 +54,41 @@ def setup(device_name, *, timeout=600):
     return device, 0, 1
 
 
-def _refuse_old(device):
-    built_for = [int(arch.removeprefix("sm_")) for arch in torch.cuda.get_arch_list() if arch[3:].isdigit()]
-    major, minor = torch.cuda.get_device_capability(device)
-    if built_for and 10 * major + minor < min(built_for):
+def choose_device(device_name):
+    """This rank's torch.device for `auto`, `cuda` or `cpu`. Raises UsageError where there is no GPU that torch can use.
+
+    For `auto`, only where there seems to be one: hours on the processor are no substitute.
+    """
+    if device_name == "cpu" or torch.cuda.is_available():
+        return torch.device("cpu") if device_name == "cpu" else torch.device("cuda", local_rank())
+    found = sorted(path.name for path in DEVICE_FILES.glob("nvidia[0-9]*"))
+    if found and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
+        cause = "it was built without CUDA"
+        if torch.version.cuda:
+            cause = f"the driver (nvidia-smi) is older than its CUDA {torch.version.cuda} needs (13: 580), or fails"
         raise UsageError(
-            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and torch "
-            f"{torch.__version__} is built for {min(built_for) / 10} and later: install a torch for an older CUDA"
+            f"there is an NVIDIA GPU ({', '.join(found)}), but torch {torch.__version__} cannot use it: {cause}; "
+            "training.device=cpu trains on the processor"
+        )
+    if device_name == "cuda":
+        raise UsageError("training.device=cuda, but torch sees no GPU here; use auto or cpu")
+    return torch.device("cpu")
+
+
+def check_architecture(device):
+    """Raise UsageError where torch has no code for the GPU: its first kernel would say so in other words."""
+    major, minor = torch.cuda.get_device_capability(device)
+    built = [re.fullmatch(r"(sm|compute)_(\d+)(\d)", name) for name in torch.cuda.get_arch_list()]
+    # a binary runs on later minor versions of its major one, PTX (compute) on everything later
+    runs = any(
+        (int(name[2]) == major and int(name[3]) <= minor) or (name[1] == "compute" and int(name[2]) < major)
+        for name in built
+        if name
+    )
+    if not runs:
+        raise UsageError(
+            f"torch {torch.__version__} has no code for {torch.cuda.get_device_name(device)} (sm_{major}{minor}), only "
+            f"for {', '.join(torch.cuda.get_arch_list())}: take a newer GPU, or training.device=cpu"
         )
 
 

@@ -1,6 +1,7 @@
 """Training curves of one or more runs as one figure, from their log.jsonl."""
 
 import json
+import math
 import os
 import textwrap
 from pathlib import Path
@@ -20,6 +21,8 @@ PANELS = {
     "Learning rate": {"lr": ("", "-")},
     "Training resolution (px)": {"resolution": ("", "-")},
 }
+# What is added up or compared as it is: a log in which it is no number is not ours.
+SUMMED = ("train_seconds", "val_seconds", "elapsed_seconds", "dollars", "images_seen", "top1")
 # Panel title -> what top-1 is drawn against.
 COSTS = {"Top-1 (%) against hours": "hours", "Top-1 (%) against dollars": "dollars"}
 # A run that is validated on so many images is on ImageNet, and may be seen beside published runs on it.
@@ -52,8 +55,10 @@ def read_log(run):
                 notes.append(f"{path}: line {number} is incomplete and passed over")
                 continue
             raise errors.RunError(f"{path}, line {number}: not valid JSON") from None
-        if not isinstance(row, dict) or not _is_number(row.get("epoch")):
+        if not isinstance(row, dict) or not _is_number(row.get("epoch")) or not math.isfinite(row["epoch"]):
             raise errors.RunError(f"{path}, line {number}: not an epoch's row (no number under 'epoch')")
+        if not all(_is_number(row.get(key) or 0) for key in SUMMED) or not _is_forecast(row.get("forecast") or {}):
+            raise errors.RunError(f"{path}, line {number}: not an epoch's row (seconds, dollars or forecast are none)")
         rows.append(row)
     if not rows:
         raise errors.RunError(f"{path} holds no complete row yet")
@@ -185,7 +190,7 @@ def _draw_forecasts(axis, logs):
 def save(figure, out):
     """Write the figure as PNG under a temporary name and rename it. Raises RunError when it cannot be written."""
     out = Path(out)
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    partial = Path(f"{out}.{os.getpid()}.partial")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(partial, format="png", dpi=130)
@@ -221,3 +226,8 @@ def _legend_name(name, rows):
 
 def _is_number(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_forecast(value):
+    warnings = value.get("warnings", []) if isinstance(value, dict) else None
+    return isinstance(warnings, list) and all(isinstance(warning, dict) and "text" in warning for warning in warnings)

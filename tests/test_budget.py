@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from rn50 import budget, costs
 from rn50.errors import UsageError
@@ -85,6 +86,10 @@ def test_seconds_to_finish_are_those_of_what_is_left():
     assert left == pytest.approx(30 + 3 * (2 * 2 + 2 * 3))
     rows.append({"epoch": 3, "resolution": 200, "train_seconds": 30.0, "val_seconds": 30.0})
     assert finish(**given, rows=rows, epoch=4, epoch_share=0.0, epoch_seconds=0.0) == 0
+    # on a machine that is four times as fast from epoch 1 on, the slow one's epoch says nothing of the rest
+    moved = [{"epoch": 0, "resolution": 100, "train_seconds": 80.0, "val_seconds": 0.0}, rows[1]]
+    left = finish(**given, rows=moved, epoch=2, epoch_share=0.0, epoch_seconds=0.0)
+    assert left == pytest.approx(2 * 20 * larger + 3 * (2 * 2 + 2 * 2 * larger))
 
 
 def test_a_projection_is_the_plans_and_scales_with_the_data():
@@ -92,7 +97,7 @@ def test_a_projection_is_the_plans_and_scales_with_the_data():
     table = costs.read_table()
     (machine,) = [machine for machine in costs.machines(table, spot=False) if machine.name == "g5.xlarge"]
     parts, _ = costs.hours(table, costs.fit(table), costs.loader_rates(table), recipe, machine)
-    here = {"gpu_name": None, "gpus": 1, "vcpus": 4, "memory_gib": 16}
+    here = {"gpu_name": None, "gpus": 1, "machines": 1, "vcpus": 4, "memory_gib": 16}
     whole = {"images": 1281167, "validation_images": 50000, **here}
     hours, error = budget.projected_hours(recipe, instance="g5.xlarge", spot=False, **whole)
     assert hours == pytest.approx(parts["training"] + parts["evaluation"])
@@ -103,6 +108,26 @@ def test_a_projection_is_the_plans_and_scales_with_the_data():
     named, _ = budget.projected_hours(recipe, instance=None, spot=False, **{**whole, "gpu_name": "NVIDIA A10G"})
     assert named == pytest.approx(hours, rel=0.02)
     assert budget.projected_hours(recipe, instance=None, spot=False, **whole) is None
+    for unknown in ("NVIDIA L40", "NVIDIA T400 4GB"):  # no L4, no T4
+        assert budget.projected_hours(recipe, instance=None, spot=False, **{**whole, "gpu_name": unknown}) is None
+
+
+def test_a_projection_is_for_the_gpus_that_the_run_uses_at_whatever_price():
+    recipe = costs.read_recipe(ROOT / "rn50_configs" / "rn50_78.yaml")
+    whole = {"images": 1281167, "validation_images": 50000, "gpu_name": None, "vcpus": 48, "memory_gib": 192}
+
+    def hours(instance, gpus, machines=1, spot=False):
+        given = {"gpus": gpus, "machines": machines, "instance": instance, "spot": spot}
+        return budget.projected_hours(recipe, **whole, **given)[0]
+
+    one = hours("g5.xlarge", 1)
+    assert hours("g5.12xlarge", 1) == pytest.approx(one, rel=0.1)  # three of its GPUs have nothing to do
+    assert one / 4 < hours("g5.12xlarge", 4) < one / 3
+    assert one / 2 < hours("g5.xlarge", 2, machines=2) < one / 1.7
+    # a spot price that is given needs none in the table, and a type that the table lacks is no error
+    assert hours("g6.xlarge", 1, spot=True) > hours("g6.xlarge", 1)
+    missing = {"gpus": 1, "machines": 1, "instance": "g9.huge", "spot": False}
+    assert budget.projected_hours(recipe, **whole, **missing) is None
 
 
 def test_the_largest_recipe_that_fits_is_the_most_accurate():
@@ -115,6 +140,22 @@ def test_the_largest_recipe_that_fits_is_the_most_accurate():
     assert budget.largest_that_fits(recipes, hours_of, 2.0, 30.0) == ("rn50_78", 30.0)
     assert budget.largest_that_fits(recipes, hours_of, 2.0, 29.9) == ("rn50_mild_36", 14.0)
     assert budget.largest_that_fits(recipes, hours_of, 2.0, 7.9) is None
+
+
+def test_the_recipe_that_is_offered_would_not_be_refused_itself(tmp_path):
+    price, config = 1000.0, yaml.safe_load((ROOT / "rn50_configs" / "rn50_78.yaml").read_text())
+    counts = {"images": 1281167, "validation_images": 50000}
+    machine = {"gpu_name": None, "gpus": 1, "machines": 1, "vcpus": 4, "memory_gib": 16}
+    smaller = costs.read_recipe(ROOT / "rn50_configs" / "rn50_mild_36.yaml")
+    hours, _ = budget.projected_hours(smaller, instance="g5.xlarge", spot=False, **machine, **counts)
+    # what stopping takes is $33 at this price; the process is less than a minute, or $17, older when it is asked
+    for margin, offered in ((25 / price, False), (60 / price, True)):
+        limit = price * (hours + margin + budget.process_age() / 3600)
+        given = config | {"budget": {"max_dollars": limit, "spot": False, "instance": "g5.xlarge"}}
+        folder = tmp_path / str(offered)
+        guard = budget.Guard(folder, config=given, progress=Progress(), dollars_per_hour=price, **counts)
+        message, _ = guard.refusal(rung=400, **machine)
+        assert ("the largest recipe that fits: rn50_mild_36" in message) == offered
 
 
 def test_a_schedule_that_is_projected_to_cost_more_is_refused_with_one_that_fits(betons, tmp_path):
@@ -137,7 +178,7 @@ def test_what_is_left_after_a_resume_is_projected_at_the_runs_own_pace(tmp_path)
     for limit, refused in ((6.0, True), (6.0 + 2 * (budget.STOP_SECONDS + budget.process_age() + 60) / 3600, False)):
         given = config | {"budget": {"max_dollars": limit, "spot": False}}
         guard = budget.Guard(tmp_path / str(refused), config=given, progress=progress, **counts)
-        message, unknown = guard.refusal(rung=64, gpu_name=None, gpus=1, vcpus=2, memory_gib=8)
+        message, unknown = guard.refusal(rung=64, gpu_name=None, gpus=1, machines=1, vcpus=2, memory_gib=8)
         assert unknown is None
         assert (message is not None) == refused
         if message:

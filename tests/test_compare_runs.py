@@ -73,10 +73,18 @@ def test_figures_that_must_not_be_compared_are_said_to_be(tmp_path, capsys):
     assert "not the same data" in out
 
 
+def test_a_status_that_is_no_word_is_shown_as_it_is(tmp_path, capsys):
+    run = write(tmp_path / "run", status=5)
+    compare_runs.main([run])
+    assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["run", "5"]
+
+
 def test_what_is_no_run_is_refused(tmp_path):
     run = write(tmp_path / "run")
-    for damaged in ("a: [", "- 1\n", "training: 3\n"):
-        (tmp_path / "run" / "config.yaml").write_text(damaged)
+    whole = (tmp_path / "run" / "config.yaml").read_text()
+    damages = ["a: [", "- 1\n", "training: 3\n", "training: {}\nvalidation:\n", f"{whole}note: 7\n", "\udcff: \x00"]
+    for damaged in damages:
+        (tmp_path / "run" / "config.yaml").write_text(damaged, errors="surrogateescape")
         with pytest.raises(RunError, match="is not the config of a run"):
             compare_runs.main([run])
     (tmp_path / "run" / "config.yaml").unlink()

@@ -118,12 +118,33 @@ def test_what_limits():
     assert limit == "CPU"
     # one of the two vCPU launches kernels
     assert rate == pytest.approx(LOADER["rn50"] * costs.loader_scale(TABLE, 160, 400))
+    one = dataclasses.replace(machine, vcpus=1)
+    assert costs.pace(*args, one, 160) == (pytest.approx(rate / 2), "CPU")
     slow = dataclasses.replace(machine, disk_mb_per_s=10.0)
     rate, limit = costs.pace(*args, slow, 160)
     assert limit == "disk"
     assert rate == pytest.approx(10e6 / (costs.beton_gb(TABLE, 400) * 1e9 / 1_281_167))
     # what fits in memory is read once
     assert costs.pace(*args, dataclasses.replace(slow, memory_gib=100), 160)[1] == "GPU"
+
+
+def test_evaluation_is_a_third_of_a_training_step_but_no_faster_than_the_loader():
+    recipe = dataclasses.replace(RECIPES["rn50_78"], evaluated=[(224, 1)])
+
+    def images_per_second(machine):
+        parts, _ = costs.hours(TABLE, SPEEDS, LOADER, recipe, machine)
+        return 50000 / parts["evaluation"] / 3600
+
+    many, four = (dataclasses.replace(MACHINES["g5.xlarge"], vcpus=vcpus) for vcpus in (48, 4))
+    gpu = SPEEDS.total("A10G", 600, 1, 224)
+    assert images_per_second(many) == pytest.approx(3 * gpu)
+    fed = 3 * LOADER["rn50"] * costs.loader_scale(TABLE, 224, 400)
+    assert gpu < fed < 3 * gpu
+    assert images_per_second(four) == pytest.approx(fed)
+    # the mirror image is the same image decoded once
+    recipe = dataclasses.replace(recipe, evaluated=[(224, 2)])
+    assert images_per_second(many) == pytest.approx(1.5 * gpu)
+    assert images_per_second(four) == pytest.approx(min(fed, 1.5 * gpu))
 
 
 def test_a_small_micro_batch_does_not_fill_a_fast_gpu():
@@ -155,6 +176,25 @@ def test_dollars_are_hours_times_price_plus_storage():
     assert sum(row["hours_by_part"].values()) == pytest.approx(row["hours"], abs=0.03)
     assert row["dollars_low"] < row["dollars"] < row["dollars_high"]
     assert "no training measurement by anyone" in project("rn50_78", MACHINES["g6.xlarge"])["basis"]
+    # 44.2 GB and a 26th of it for validation, at 200 MB/s
+    parts, _ = costs.hours(TABLE, SPEEDS, LOADER, RECIPES["rn50_78"], MACHINES["g5.xlarge"])
+    assert parts["staging"] == pytest.approx(44.2e9 * (1 + 1 / 25.6) / 200e6 / 3600, rel=1e-3)
+    assert parts["setup"] == 0.25
+
+
+def test_the_range_is_that_of_the_hours_times_that_of_the_price():
+    errors = costs.prediction_errors(costs.check(TABLE))
+    storage = costs.beton_gb(TABLE, 400) * 0.023
+    (spot,) = [machine for machine in costs.machines(TABLE, spot=True) if machine.name == "g5.xlarge"]
+    # others have published training on an A10G, and nobody on an L4
+    for machine, spotted, measured in ((spot, True, True), (MACHINES["g6.xlarge"], False, False)):
+        row, factor = project("rn50_78", machine, spot=spotted), math.exp(1.2816 * errors[measured])
+        parts, _ = costs.hours(TABLE, SPEEDS, LOADER, RECIPES["rn50_78"], machine, spotted)
+        fixed, rest = parts["setup"] + parts["staging"], parts["training"] + parts["evaluation"]
+        low, high = (0.36, 0.92) if spotted else (0.8048, 0.8048)
+        assert row["dollars_low"] == pytest.approx((fixed + rest / factor) * low + storage, abs=0.01)
+        assert row["dollars_high"] == pytest.approx((fixed + rest * factor) * high + storage, abs=0.01)
+        assert row["hours_error"] == pytest.approx(math.expm1(errors[measured]), abs=1e-3)
 
 
 def test_spot_is_cheaper_and_only_where_a_price_was_seen():
@@ -205,10 +245,16 @@ def test_probability_of_a_normal_distribution():
 
 def test_measured_speeds_are_taken_as_they_are_and_interpolated_in_logarithms():
     machine = dataclasses.replace(
-        MACHINES["g5.xlarge"], measured={88: 4000.0, 176: 1000.0}, limits={88: "CPU", 176: "GPU"}
+        MACHINES["g5.xlarge"],
+        measured={88: 4000.0, 176: 1000.0},
+        limits={88: "CPU", 176: "GPU"},
+        loader={88: 4000.0, 176: 2000.0},
     )
     args = (TABLE, SPEEDS, LOADER, RECIPES["rn50_78"], machine)
     assert costs.pace(*args, 88) == (4000.0, "CPU")
     assert costs.pace(*args, 176) == (pytest.approx(1000), "GPU")
     assert costs.pace(*args, 124)[0] == pytest.approx(4000 * (88 / 124) ** 2)
     assert costs.pace(*args, 224)[0] == pytest.approx(1000 * (176 / 224) ** SPEEDS.exponent)
+    # evaluation: three times as fast as training, but no faster than the loader
+    assert costs.pace(*args, 176, passes=1 / 3)[0] == pytest.approx(2000)
+    assert costs.pace(*args, 176, passes=2 / 3)[0] == pytest.approx(1500)

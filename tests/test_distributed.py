@@ -1,4 +1,4 @@
-"""Which device a rank takes, and what it refuses, tried without a GPU."""
+"""Which device a rank gets, and what is said of a GPU that torch cannot use."""
 
 from datetime import timedelta
 
@@ -11,63 +11,95 @@ from rn50.errors import UsageError
 
 
 @pytest.fixture
-def gpus(monkeypatch):
-    """gpus(count, capability=...): as if torch saw so many."""
+def gpu(monkeypatch, tmp_path):
+    """Gives a machine a GPU: gpu(seen by torch, file in /dev, compute capability)."""
 
-    def pretend(count, capability=(8, 6)):
-        for name, value in {
-            "is_available": count > 0,
-            "device_count": count,
-            "set_device": None,
-            "get_device_name": "Some GPU",
-            "get_device_capability": capability,
-            "get_arch_list": ["sm_75", "sm_80", "sm_86", "sm_90a", "compute_90"],
-        }.items():
-            monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+    def give(seen, file=True, capability=(8, 6)):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(distributed, "DEVICE_FILES", tmp_path)
+        if file:
+            (tmp_path / "nvidia0").touch()
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
 
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    return give
+
+
+def test_auto_takes_the_gpu_of_its_rank_or_the_processor(gpu, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    gpu(seen=True)
+    assert distributed.choose_device("auto") == distributed.choose_device("cuda") == torch.device("cuda", 3)
+    assert distributed.choose_device("cpu") == torch.device("cpu")
+
+
+def test_a_machine_without_a_gpu_trains_on_the_processor_unless_told_otherwise(gpu):
+    gpu(seen=False, file=False)
+    assert distributed.choose_device("auto") == torch.device("cpu")
+    with pytest.raises(UsageError, match="torch sees no GPU here"):
+        distributed.choose_device("cuda")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_whose_driver_is_too_old_is_not_passed_over(gpu, monkeypatch, name):
+    gpu(seen=False)
+    with pytest.raises(UsageError, match=r"nvidia0.*the driver .* is older than .*training.device=cpu"):
+        distributed.choose_device(name)
+    assert distributed.choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UsageError, match="built without CUDA"):
+        distributed.choose_device(name)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert distributed.choose_device("auto") == torch.device("cpu")
+
+
+# T4, A100, A10G and 3090, L4 and 4090, H100, B200, B300, 5090: what the plan names, and newer
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_the_pinned_torch_has_code_for_the_cards_of_the_plan(gpu, capability):
+    gpu(seen=True, capability=capability)
+    distributed.check_architecture(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (6, 1), (3, 7)])
+def test_a_card_that_torch_has_no_code_for_is_refused_by_name(gpu, capability):
+    gpu(seen=True, capability=capability)
+    refusal = rf"no code for a card \(sm_{capability[0]}{capability[1]}\), only for sm_75.*: take a newer GPU"
+    with pytest.raises(UsageError, match=refusal):
+        distributed.check_architecture(torch.device("cuda", 0))
+
+
+def test_ptx_runs_on_what_came_later(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90a", "compute_90"])
+    for capability, runs in (((8, 9), True), ((10, 0), True), ((7, 5), False)):
+        gpu(seen=True, capability=capability)
+        if runs:
+            distributed.check_architecture(torch.device("cuda", 0))
+        else:
+            with pytest.raises(UsageError):
+                distributed.check_architecture(torch.device("cuda", 0))
+
+
+@pytest.fixture
+def two_gpus(gpu, monkeypatch):
+    """A machine with two, on which this process is the second of two."""
+    gpu(seen=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    return pretend
-
-
-def test_a_rank_takes_its_own_gpu(gpus, monkeypatch):
-    gpus(2)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "1")
+
+
+def test_a_rank_takes_its_own_gpu_and_there_must_be_one_for_each(two_gpus, monkeypatch):
     assert distributed.setup("auto") == (torch.device("cuda", 1), 0, 1)
     assert torch.backends.cudnn.benchmark
-
-
-def test_more_ranks_than_gpus_are_refused(gpus, monkeypatch):
-    gpus(1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UsageError, match="nproc_per_node=2 .* torch sees 1 here"):
         distributed.setup("auto")
 
 
-def test_a_gpu_that_torch_cannot_use_is_not_passed_over_in_silence(gpus, monkeypatch, tmp_path):
-    gpus(0)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr(distributed, "NVIDIA_DRIVER", tmp_path / "version")
-    assert distributed.setup("auto")[0] == torch.device("cpu")
-    (tmp_path / "version").touch()
-    with pytest.raises(UsageError, match="driver.*training.device=cpu"):
-        distributed.setup("auto")
-    assert distributed.setup("cpu")[0] == torch.device("cpu")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # whoever sets this means the CPU
-    assert distributed.setup("auto")[0] == torch.device("cpu")
-
-
-def test_a_gpu_that_torch_has_no_code_for_is_refused(gpus):
-    gpus(1, capability=(7, 0))
-    with pytest.raises(UsageError, match="Some GPU has compute capability 7.0, .* 7.5 and later"):
-        distributed.setup("auto")
-    gpus(1, capability=(7, 5))
-    assert distributed.setup("auto")[0].type == "cuda"
-
-
-def test_hosts_of_gpus_talk_beside_them_and_give_up_first(gpus, monkeypatch):
-    gpus(1)
+def test_hosts_of_gpus_talk_beside_them_and_give_up_first(two_gpus, monkeypatch):
     join, asked = dist.init_process_group, []
 
     def without_nccl(backend, **given):

@@ -63,6 +63,15 @@ def test_p3_is_there_with_the_reason_why_not_and_unmeasured_gpus_say_so(planned)
     assert "A10G 811 (1)" in planned[0]
 
 
+def test_a_machine_that_the_pinned_pytorch_does_not_run_on_is_never_recommended(capsys):
+    assert torch.cuda.get_arch_list()
+    assert "sm_70" not in torch.cuda.get_arch_list()
+    alone = plan(capsys, "--budget", "100", "--target", "78", "--instance", "p3.2xlarge")
+    assert alone[0].startswith("Not on p3.2xlarge: the pinned PyTorch has no code for a V100")
+    with pytest.raises(UsageError, match="--proposal: not for p3.2xlarge"):
+        plan(capsys, "--budget", "100", "--target", "78", "--instance", "p3.2xlarge", "--proposal", "none.md")
+
+
 def test_the_readme_quotes_this_plan(planned):
     readme = " ".join((ROOT / "README.md").read_text().split())
     rows = {(row["instance"], row["recipe"]): row for row in json.loads((planned[1] / "plan.json").read_text())}
@@ -109,12 +118,25 @@ def test_what_money_cannot_buy_is_said_first(capsys):
     assert "The most that $19 surely buys: rn50_mild_60 on g5." in first
 
 
+def test_what_surely_fits_comes_before_what_is_cheaper_but_may_not():
+    def row(name, dollars, high, sure=0.95):
+        return {"instance": name, "dollars": dollars, "dollars_high": high, "dollars_low": 1.0, "top1": 78.4} | {
+            "probability_of_target": sure
+        }
+
+    rows = [row("p3.2xlarge", 1, 2), row("unlikely", 5, 6, 0.5), row("cheap", 10, 30), row("dear", 40, 50)]
+    found = plan_run.ranked([*rows, row("sure", 20, 24)], 25)
+    assert [row["instance"] for row in found] == ["sure", "cheap", "dear", "unlikely", "p3.2xlarge"]
+
+
 def test_one_instance_and_spot(capsys):
     lines = plan(capsys, "--budget", "25", "--target", "78", "--instance", "g5.2xlarge", "--spot")
     assert "(spot)" in lines[0]
     assert not any(line.startswith("p3.2xlarge") for line in lines)
     with pytest.raises(UsageError, match="no spot price is known for p3.2xlarge"):
         plan(capsys, "--budget", "25", "--target", "78", "--instance", "p3.2xlarge", "--spot")
+    with pytest.raises(RunError, match="cannot write"):
+        plan(capsys, "--budget", "25", "--target", "78", "--instance", "g5.xlarge", "--png", "/")
     with pytest.raises(UsageError, match="there is no g5.xlarg; known are"):
         plan(capsys, "--budget", "25", "--target", "78", "--instance", "g5.xlarg")
 
@@ -150,6 +172,11 @@ def test_preflight_measures_projects_and_feeds_the_plan(betons, tmp_path, capsys
     rungs = find_rungs(betons, "train")
     revised = preflight.revise(costs.read_table(), cfg, report, rungs, 25.0)
     assert (revised["go"], revised["reasons"]) == (True, [])
+    slow = report | {"staging_mb_per_s": 0.001}
+    later = preflight.revise(costs.read_table(), cfg, slow, rungs, 1e9)
+    assert later["hours_by_part"]["staging"] == pytest.approx(sum(r.bytes for r in rungs.values()) / 3.6e6, rel=1e-3)
+    edge = preflight.revise(costs.read_table(), cfg, slow, rungs, (later["dollars"] + later["dollars_high"]) / 2)
+    assert not edge["go"]  # the measurement plus its own error is what must fit
     smaller = preflight.revise(costs.read_table(), cfg, report | {"micro_batch": 4}, rungs, 25.0)
     assert not smaller["go"]
     assert "--training.micro_batch=4 does" in smaller["reasons"][0]
@@ -160,12 +187,30 @@ def test_preflight_measures_projects_and_feeds_the_plan(betons, tmp_path, capsys
     assert {row["instance"] for row in rows} == {"this machine"}
     assert all("speed measured by preflight" in row["basis"] for row in rows)
 
+    # it is neither told to measure what was measured, nor that its price is on demand
+    proposed = tmp_path / "proposal.md"
+    more = ["--budget", "1e6", "--target", "70", "--preflight", str(out), "--proposal", str(proposed)]
+    first = plan(capsys, *more)[0]
+    assert first.startswith("Recommended: ")
+    assert "preflight" not in first
+    assert "vCPU, its price)" in proposed.read_text()
+    assert "hours and dollars from tools/preflight.py's measurement" in proposed.read_text()
+
+    first = report["resolutions"][0]
+    odd = [{"resolutions": []}, {"gpus": 0}, {"dollars_per_hour": "2"}, {"micro_batch": None}]
+    odd += [{"resolutions": [{key: value for key, value in first.items() if key != "loader_images_per_second"}]}]
+    odd += [{"resolutions": [first | {"training_images_per_second": value}]} for value in (0, -1, float("nan"), "9")]
+    for changed in odd:
+        out.write_text(json.dumps(report | changed))
+        with pytest.raises(RunError, match="is not what tools/preflight.py writes"):
+            plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
     out.write_text(json.dumps(report | {"arch": "resnet18"}))
     with pytest.raises(RunError, match="measured with resnet18"):
         plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
-    out.write_text("{}")
-    with pytest.raises(RunError, match="is not what tools/preflight.py writes"):
-        plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
+    for other in ("{}", "[]", json.dumps(report)[:-9]):
+        out.write_text(other)
+        with pytest.raises(RunError, match="is not what tools/preflight.py writes"):
+            plan(capsys, "--budget", "25", "--target", "78", "--preflight", str(out))
 
 
 def test_a_micro_batch_is_halved_until_it_fits():

@@ -156,6 +156,10 @@ def test_a_torn_last_line_is_passed_over_with_a_note(tmp_path):
         ('{"epoch": 0}\n{"epoch": 1, "lr"\n', "line 2: not valid JSON"),
         ('{"epoch": 0}\n[1, 2]\n', "line 2: not an epoch's row"),
         ('{"step": 0}\n', "line 1: not an epoch's row"),
+        ('{"epoch": NaN}\n', "line 1: not an epoch's row"),
+        ('{"epoch": 0, "val_seconds": "x"}\n', "line 1: not an epoch's row"),
+        ('{"epoch": 0, "forecast": "no"}\n', "line 1: not an epoch's row"),
+        ('{"epoch": 0, "forecast": {"warnings": ["no"]}}\n', "line 1: not an epoch's row"),
     ],
 )
 def test_a_bad_log_is_one_clear_error(tmp_path, plot_log, content, message):
@@ -173,6 +177,14 @@ def test_errors_reach_the_shell_as_one_line_and_leave_no_file(tmp_path):
     assert done.stderr.startswith("error: cannot read")
     assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_name_for_a_picture(tmp_path, plot_log, monkeypatch):
+    rows, _ = plot_log.read_log(write_run(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(plot_log.errors.RunError, match="cannot write"):
+        plot_log.save(plot_log.draw([rows], ["run"]), ".")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_failed_write_leaves_the_old_picture_and_nothing_else(tmp_path, plot_log, monkeypatch):

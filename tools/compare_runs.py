@@ -45,12 +45,15 @@ def main(argv=None):
 
 def read_config(run):
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+        needed = {"training": ["epochs"], "validation": ["headline_resolution", "headline_view"]}
+        complete = all(config[section][key] is not None for section, keys in needed.items() for key in keys)
+        complete = complete and all(isinstance(keys, dict | None) for keys in config.values())
     except OSError as error:
         raise errors.RunError(f"{run} is not a run folder: cannot read its config.yaml: {error.strerror}") from None
-    except yaml.YAMLError:
-        config = None
-    if not isinstance(config, dict) or not isinstance(config.get("training"), dict) or "validation" not in config:
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        complete = False
+    if not complete:
         raise errors.RunError(f"{run / 'config.yaml'} is not the config of a run")
     return config
 
@@ -82,7 +85,7 @@ def describe(name, run, log, config):
 def status(run):
     """The word of status.json; a run that is going on, or was killed, has none."""
     try:
-        return json.loads((run / "status.json").read_text(encoding="utf-8"))["status"]
+        return str(json.loads((run / "status.json").read_text(encoding="utf-8"))["status"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -10,7 +10,6 @@ All figures are projected from published ones (rn50/data/costs.csv) and compared
 import argparse
 import json
 import math
-import os
 from pathlib import Path
 
 import yaml
@@ -72,8 +71,8 @@ def ranked(rows, budget):
     def key(row):
         sure, affordable = row["probability_of_target"] >= CONFIDENT, row["dollars_high"] <= budget
         if sure:
-            return not affordable, row["dollars"]
-        return 2, -row["top1"], row["dollars"]
+            return too_old(row), not affordable, row["dollars"]
+        return too_old(row), 2, -row["top1"], row["dollars"]
 
     return sorted(rows, key=key)
 
@@ -87,16 +86,20 @@ def explain_p3(rows):
             cheapest[row["recipe"]] = row
     for row in rows:
         best = cheapest[row["recipe"]]
-        if row["instance"].startswith("p3.") and best is not row:
+        if too_old(row) and best is not row:
             reason = f"not this one: {row['dollars'] / best['dollars']:.1f} x the dollars of {best['instance']}"
             row["notes"] = f"{reason}; {row['notes']}"
+
+
+def too_old(row):
+    """Whether the pinned PyTorch has no code for the machine's GPU, a V100."""
+    return row["instance"].startswith("p3.")
 
 
 def report(rows, args):
     """The lines of the terminal: the recommendation first."""
     yield recommendation(rows, args)
-    speed = "Hours projected from tools/preflight.py's measurement, top-1" if args.preflight else "Projected"
-    yield f"{speed} from published figures; no ImageNet run has been made with this code yet. Ranges hold 80 %."
+    yield f"{basis(args)}. Ranges hold 80 %."
     yield ""
     best = rows[0]
     machines = [row for row in rows if row["recipe"] == best["recipe"]]
@@ -113,6 +116,15 @@ def report(rows, args):
     yield "limit: what sets the pace; memory: the recipe's micro-batch may not fit the GPU."
     yield f"Basis of {best['recipe']} on {best['instance']}: {best['basis']}."
     yield ""
+
+
+def basis(args):
+    speed = "Hours projected from tools/preflight.py's measurement, top-1" if args.preflight else "Projected"
+    return f"{speed} from published figures; no ImageNet run has been made with this code yet"
+
+
+def priced(args):
+    return "its price" if args.preflight else "spot" if args.spot else "on demand"
 
 
 def table_lines(rows, args):
@@ -132,21 +144,23 @@ def table_lines(rows, args):
 
 def recommendation(rows, args):
     best = rows[0]
-    price = "its price" if args.preflight else "spot" if args.spot else "on demand"
+    if too_old(best):
+        return f"Not on {best['instance']}: {best['notes']}."
     run = (
-        f"{best['recipe']} on {best['instance']} ({price}): about {best['hours']:.0f} h and ${best['dollars']:.0f} "
-        f"(${best['dollars_low']:.0f} to ${best['dollars_high']:.0f}), expected top-1 {best['top1']:.1f} % "
-        f"({best['top1_low']:.1f} to {best['top1_high']:.1f}), P(>= {args.target:g}) = "
+        f"{best['recipe']} on {best['instance']} ({priced(args)}): about {best['hours']:.0f} h and "
+        f"${best['dollars']:.0f} (${best['dollars_low']:.0f} to ${best['dollars_high']:.0f}), expected top-1 "
+        f"{best['top1']:.1f} % ({best['top1_low']:.1f} to {best['top1_high']:.1f}), P(>= {args.target:g}) = "
         f"{best['probability_of_target']:.2f}."
     )
     if best["probability_of_target"] >= CONFIDENT and best["dollars_high"] <= args.budget:
-        return f"Recommended: {run} Run tools/preflight.py there before you pay for the rest."
+        then = "" if args.preflight else " Run tools/preflight.py there before you pay for the rest."
+        return f"Recommended: {run}{then}"
     if best["probability_of_target"] < CONFIDENT:
         verdict = f"No recipe here reaches {args.target:g} % with confidence; the likeliest is {run}"
     else:
         over = "its range reaches beyond" if best["dollars"] <= args.budget else "it costs more than"
         verdict = f"${args.budget:g} is not safe for {args.target:g} %: {over} that with {run}"
-    affordable = [row for row in rows if row["dollars_high"] <= args.budget]
+    affordable = [row for row in rows if row["dollars_high"] <= args.budget and not too_old(row)]
     if not affordable:
         return f"{verdict} Nothing else here fits ${args.budget:g} either."
     fit = max(affordable, key=lambda row: (row["top1"], -row["dollars"]))
@@ -186,11 +200,9 @@ def check_lines(table, speeds, loader, checked, spread):
 
 def draw(rows, args):
     """Dollars against expected top-1, the frontier, the budget and the target."""
-    import matplotlib
+    from rn50 import plots  # matplotlib takes a second
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = plots.plt
     figure, axis = plt.subplots(figsize=(10, 6.5), layout="constrained")
     names = sorted(
         {row["instance"] for row in rows}, key=lambda name: min(r["dollars"] for r in rows if r["instance"] == name)
@@ -230,14 +242,14 @@ def draw(rows, args):
         label="cheapest for its accuracy, with 80 % ranges",
     )
     for name in dict.fromkeys(row["recipe"] for row in rows):
-        row = max((row for row in rows if row["recipe"] == name), key=lambda row: row["dollars"])
+        mine = [row for row in rows if row["recipe"] == name]
         axis.annotate(
             name,
-            (row["dollars"], row["top1"]),
+            (max(row["dollars_high" if row in frontier else "dollars"] for row in mine), mine[0]["top1"]),
             xytext=(8, -3),
             textcoords="offset points",
             fontsize=9,
-            fontweight="bold" if any(other["recipe"] == name for other in frontier) else "normal",
+            fontweight="bold" if any(row in frontier for row in mine) else "normal",
         )
     axis.axhline(args.target, color="C2", ls="--", lw=1, zorder=1)
     axis.axvline(args.budget, color="C3", ls="--", lw=1, zorder=1)
@@ -255,6 +267,7 @@ def draw(rows, args):
         textcoords="offset points",
         color="C3",
         fontsize=9,
+        annotation_clip=True,
     )
     axis.annotate(
         f"target {args.target:g} %",
@@ -265,41 +278,33 @@ def draw(rows, args):
         color="C2",
         fontsize=9,
     )
-    axis.set_xlabel(f"dollars of one run, {'spot' if args.spot else 'on demand'} (log scale)")
+    axis.set_xlabel(f"dollars of one run, {priced(args)} (log scale)")
     axis.set_ylabel("expected top-1, %, 224 px, single view")
-    axis.set_title(
-        "Projected from published figures; no ImageNet run has been made with this code yet", loc="left", fontsize=11
-    )
+    axis.set_title(basis(args), loc="left", fontsize=11)
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    out = Path(args.png)
-    partial = out.with_name(f"{out.name}.partial")
-    try:
-        figure.savefig(partial, format="png", dpi=130)
-        os.replace(partial, out)
-    except OSError as error:
-        raise RunError(f"cannot write {out}: {error.strerror}") from None
-    finally:
-        plt.close(figure)
+    plots.save(figure, args.png)
 
 
 def proposal(rows, args):
     """One page of Markdown that asks for AWS credits: what for, how sure, on what evidence."""
     best = rows[0]
+    if too_old(best):
+        raise UsageError(f"--proposal: not for {best['instance']}: {best['notes']}")
     benchmark = {row["name"]: row for row in json.loads(costs.LOADER_BENCHMARK.read_text())["results"]}
     results = ROOT / "docs" / "results" / "imagenette_cpu"
     imagenette = read_rows(results / "log.jsonl")[-1]["top1"]
     px = yaml.safe_load((results / "config.yaml").read_text(encoding="utf-8"))["validation"]["headline_resolution"]
     spelled = ", ".join(f"{name} {value:.1f}" for name, value in best["hours_by_part"].items())
-    price = "spot" if args.spot else "on demand"
+    speed = "tools/preflight.py's measurement on it" if args.preflight else "published throughput"
     asked = max(25, 5 * math.ceil(1.5 * best["dollars_high"] / 5))
     return f"""# Request for AWS credits: ResNet-50 on ImageNet to {args.target:g} % top-1
 
 **Goal.** Train ResNet-50 from scratch on ImageNet-1k to at least {args.target:g} % top-1 (224 px, single view, 50,000
 validation images) and publish the code, the log, the cost and the weights.
 
-**Plan.** Recipe `{best["recipe"]}` on one {best["instance"]} ({best["vcpus"]} vCPU, {price}).
+**Plan.** Recipe `{best["recipe"]}` on one {best["instance"]} ({best["vcpus"]} vCPU, {priced(args)}).
 
 | | projected | range (80 %) |
 |---|---|---|
@@ -312,7 +317,7 @@ validation images) and publish the code, the log, the cost and the weights.
 
 **Evidence so far.**
 
-- Projected: hours and dollars from published throughput, top-1 from published results (`tools/plan_run.py`; every
+- Projected: hours and dollars from {speed}, top-1 from published results (`tools/plan_run.py`; every
   figure with its source in `rn50/data/costs.csv`). Basis: {best["basis"]}.
 - Measured: ResNet-50 from scratch on Imagenette (ten classes) on a CPU, {imagenette:.1f} % top-1 at {px} px, single \
 view

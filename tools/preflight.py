@@ -51,6 +51,9 @@ def main():
     schedule = [script["epoch_resolution"](cfg, epoch) for epoch in range(cfg.training.epochs)]
     rungs = loaders.find_rungs(cfg.data.dir, "train")
     sides = {px: loaders.training_rung(rungs, px, cfg.data.rung) for px in sorted(set(schedule))}
+    # before the rest, which would be lost with a source that is not there
+    staging = staging_speed(args.source, Path(args.data)) if args.source else None
+    print(f"staging {staging:.0f} MB/s" if staging else "staging not measured (no --source): assumed", flush=True)
     step = make_step(cfg, device, num_classes=rungs[max(rungs)].num_classes)
     micro = largest_micro_batch(step, device, cfg.training.micro_batch, max(schedule))
     print(f"micro-batch {micro} fits at {max(schedule)} px", flush=True)
@@ -73,8 +76,6 @@ def main():
             f"{row['training_images_per_second']:.0f}, waiting for data {row['data_wait_fraction']:.0%}",
             flush=True,
         )
-    staging = staging_speed(args.source, Path(args.data)) if args.source else None
-    print(f"staging {staging:.0f} MB/s" if staging else "staging not measured (no --source): assumed", flush=True)
     gpus = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
     report = {
         "made_by": "tools/preflight.py",
@@ -93,15 +94,15 @@ def main():
         "resolutions": share_among(rows, gpus, costs.fit(table)),
     }
     report |= revise(table, cfg, report, {sides[px]: rungs[sides[px]] for px in sides}, args.budget)
+    spelled = ", ".join(f"{name} {value:.2f}" for name, value in report["hours_by_part"].items())
+    print(f"projected from these measurements: {report['hours']:.2f} h ({spelled}), ${report['dollars']:.2f}")
+    for reason in report["reasons"]:
+        print(f"note: {reason}")
     if args.json:
         try:
             run_log.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
         except OSError as error:
             raise RunError(f"cannot write {args.json}: {error.strerror}") from None
-    spelled = ", ".join(f"{name} {value:.2f}" for name, value in report["hours_by_part"].items())
-    print(f"projected from these measurements: {report['hours']:.2f} h ({spelled}), ${report['dollars']:.2f}")
-    for reason in report["reasons"]:
-        print(f"note: {reason}")
     if not report["go"]:
         raise RunError(f"no go: {report['reasons'][0]}")
     print(f"go: at most ${report['dollars_high']:.2f} of ${args.budget:g}")
