@@ -13,9 +13,10 @@ if __name__ == "__main__":
     interruption.catch_signals()  # importing torch takes seconds, in which a signal should not be lost
 
 import contextlib
+import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,7 +40,7 @@ from rn50.model import ARCHITECTURES, build_model
 from rn50.optimizer import FiniteSteps, build_optimizer, set_learning_rate
 from rn50.order import evaluation_share, rank_positions, steps_per_epoch
 from rn50.precision import autocast_dtype, dtype_name
-from rn50.progress import Bar, Progress, Stopwatch
+from rn50.progress import Bar, Progress, Stopwatch, Waiting
 from rn50.run_log import RunLog, describe_environment, make_folder, recorded
 
 Section("model", "Network").params(
@@ -309,6 +310,8 @@ def fit(run):
     log = begin(run)
     try:
         stop_if_asked(run)
+        if run.device.type == "cuda":
+            try_largest(run)
         results = None
         while progress.epoch < cfg.training.epochs:
             last = progress.epoch + 1 == cfg.training.epochs
@@ -382,6 +385,41 @@ def begin(run):
     )
 
 
+def try_largest(run):
+    """UsageError where the largest step or evaluation does not fit: not after hours, where the resolution has risen."""
+    cfg, left = run.cfg, range(run.progress.epoch, run.cfg.training.epochs)
+    if not left:
+        return
+    px, micro = max(epoch_resolution(cfg, epoch) for epoch in left), cfg.training.micro_batch
+    network = copy.deepcopy(run.network).train()  # the run's own would count this batch in its BatchNorms
+
+    def batch(images, px):
+        return torch.zeros(images, px, px, 3, dtype=torch.uint8, device=run.device).permute(0, 3, 1, 2)
+
+    with fitting(run, f"{px} px with training.micro_batch={micro}", UsageError):
+        labels = torch.zeros(micro, dtype=torch.int64, device=run.device)
+        forward_backward(replace(run, model=network), batch(micro, px), labels, 1)
+        if run.device.type == "cuda":
+            taken, there_is = torch.cuda.max_memory_reserved(run.device), torch.cuda.mem_get_info(run.device)[1]
+            run.say(f"{micro} images of {px} px take {taken / 2**30:.1f} of the GPU's {there_is / 2**30:.1f} GiB")
+    px, images = max(cfg.validation.resolutions), cfg.validation.batch_size
+    what = f"{px} px with validation.batch_size={images}"
+    with fitting(run, what, UsageError), torch.inference_mode(), run.autocast():
+        network.eval()(normalize(batch(images, px)))
+
+
+@contextlib.contextmanager
+def fitting(run, what, refusal=RunError):
+    """One line where `what`, a resolution and the setting that counts its images, is too much for the GPU's memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise refusal(
+            f"out of memory on {run.device} at {what}: make it smaller (for training as a new run; "
+            f"tools/preflight.py finds what fits), or end what else uses this GPU. {str(error).splitlines()[0]}"
+        ) from error
+
+
 def stop_if_asked(run, in_a_row=0):
     """Between two steps, on all ranks at the same one: end where something asked for it or nothing is learned.
 
@@ -424,7 +462,8 @@ def train_one_epoch(run):
             f"training.batch_size={training.batch_size} is more than the {info.num_samples} images there are"
         )
     if progress.epoch_step < steps:
-        train_steps(run, side, resolution, steps)
+        with fitting(run, f"{resolution} px with training.micro_batch={training.micro_batch}"):
+            train_steps(run, side, resolution, steps)
     images, skipped = steps * training.batch_size, run.finite.skipped.item()
     return {
         "epoch": epoch,
@@ -459,7 +498,8 @@ def train_steps(run, side, resolution, steps):
     share = mine.reshape(steps - progress.epoch_step, -1, training.micro_batch)
     run.model.train()
     run.finite.remember()
-    stopwatch = Stopwatch()
+    torch.cuda.empty_cache()  # of pieces in the sizes of another resolution; nothing where there is no GPU
+    stopwatch, waiting, in_a_row = Stopwatch(), Waiting(run.device), 0
     with (
         run.train.loader(side).batches(mine, resolution, epoch=epoch, read_ahead=kind == "page") as batches,
         Bar(
@@ -475,9 +515,8 @@ def train_steps(run, side, resolution, steps):
             set_learning_rate(run.optimizer, rate)
             loss = torch.zeros((), dtype=torch.float64, device=run.device)
             for number, samples in enumerate(micro_batches, start=1):
-                asked = time.perf_counter()
-                images, labels = next(batches)
-                progress.waiting_seconds += time.perf_counter() - asked
+                with waiting.for_data():
+                    images, labels = next(batches)
                 images = jitter(cfg, images, samples, epoch)
                 with contextlib.nullcontext() if number == len(micro_batches) else without_reduction(run.model):
                     loss += forward_backward(run, images, labels, len(micro_batches))
@@ -486,16 +525,21 @@ def train_steps(run, side, resolution, steps):
             if run.ema:
                 run.ema.update(run.network)
             progress.count_step(images=training.batch_size, **stopwatch.lap())
+            progress.waiting_seconds += waiting.lap()
             bar.advance()
-            in_a_row = 0
+            # before this rank waits for its GPU, which a rank that is gone would keep waiting
+            stop_if_asked(run, in_a_row)
             if bar.due() or progress.epoch_step == steps:
                 in_a_row = run.finite.in_a_row.item()
                 bar.state(progress.epoch_step, status_line(run, rate))
-            stop_if_asked(run, in_a_row)
             if run.checkpoints and run.checkpoints.due(
                 progress.step, steps=cfg.logging.checkpoint_steps, minutes=cfg.logging.checkpoint_minutes
             ):
                 save(run)
+        # what the GPU was behind the host, which has waited for it above
+        progress.count_time(**stopwatch.lap())
+        progress.waiting_seconds += waiting.lap()
+    stop_if_asked(run, in_a_row)
 
 
 def status_line(run, rate):
@@ -604,7 +648,8 @@ def evaluate_at(run, resolution, flip):
     rounds = -(-len(evaluation_share(samples, rank=0, world_size=run.world_size)) // validation.batch_size)
     network = run.ema.model if run.ema else run.network
     distributed.share_buffers(network)
-    with run.val.loader(side).batches(share, resolution) as batches:
+    what = f"{resolution} px with validation.batch_size={validation.batch_size}"
+    with fitting(run, what), run.val.loader(side).batches(share, resolution) as batches:
         batches = until_stopped(run, batches, rounds)
         classes = run.train.info.num_classes
         return evaluate(network, batches, classes=classes, device=run.device, autocast=run.autocast, flip=flip)
@@ -672,6 +717,8 @@ def restore_weights(run, saved):
     if run.ema:
         run.ema.load_state_dict(saved["ema"])
     vars(run.progress).update(saved["progress"])
+    if isinstance(run.progress.loss_sum, torch.Tensor):
+        run.progress.loss_sum = run.progress.loss_sum.to(run.device)
 
 
 def without_reduction(model):

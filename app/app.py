@@ -20,7 +20,8 @@ import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from glob import glob
 from pathlib import Path
 
 # Read by gradio and huggingface_hub while they are imported.
@@ -67,10 +68,13 @@ def from_hub():
     except (OSError, ValueError, KeyError):
         raise BadModel("no model: set MODEL_DIR to an exported one, or publish this with tools/publish.py") from None
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
         # with a commit's id, files that are in the cache are taken from it without asking the Hub
         paths = [hf_hub_download(repo, name, revision=revision) for name in files]
+    except RepositoryNotFoundError:
+        raise BadModel(f"{repo} is gone or private: the Space then needs a secret HF_TOKEN that may read it") from None
     except Exception as error:
         raise BadModel(f"cannot download {repo} at {revision}: {str(error).splitlines()[0]}") from None
     return os.path.dirname(paths[files.index("config.json")])
@@ -149,14 +153,27 @@ def sweep(kept):
     """Delete for ever what Gradio does not: uploads that were broken off, and the empty folders of all others."""
     while True:
         time.sleep(1)
+        coming_in = open_here()
         # deepest first, so that a folder is empty when its turn comes
         for path in sorted(Path(UPLOADS).rglob("*"), reverse=True):
             try:
                 if path in kept or time.time() - path.lstat().st_ctime < DELETE_AFTER + DELETE_EVERY + 2:
                     continue
+                # the first pictures of a batch wait for its last, over a slow line for minutes
+                if os.path.realpath(path) in coming_in:
+                    continue
                 path.rmdir() if path.is_dir() else path.unlink()
             except OSError:  # not empty, or gone by itself
                 continue
+
+
+def open_here():
+    """The paths of the files that this process has open, on Linux."""
+    paths = set()
+    for link in glob("/proc/self/fd/*"):
+        with suppress(OSError):
+            paths.add(os.readlink(link))
+    return paths
 
 
 async def only_uploads(self, url_or_file_path):
@@ -494,9 +511,10 @@ def build():
 def main():
     # so that what atexit does is done
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    page, looks = build()
+    global demo  # the name by which a Space finds the page to reload it
+    demo, looks = build()
     threading.Thread(target=sweep, args=({*Path(UPLOADS).rglob("*")},), daemon=True).start()
-    page.launch(
+    demo.launch(
         **looks,
         footer_links=[],
         max_file_size=MAX_BYTES,

@@ -291,8 +291,10 @@ def display_names(labels):
 
 
 def cores():
-    """Processors that this process may use: by affinity, and by the container's quota."""
+    """Processors that this process may use: by affinity, by what Spaces say, and by the container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if (said := os.environ.get("CPU_CORES", "")).isdigit():
+        count = max(1, min(count, int(said)))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, min(count, int(quota) // int(period)))

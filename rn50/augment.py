@@ -1,5 +1,7 @@
 """What happens to a batch of pixels on the device: colour jitter and normalisation."""
 
+import functools
+
 import numpy as np
 import torch
 
@@ -14,9 +16,7 @@ LUMA = (0.2989, 0.587, 0.114)
 
 def normalize(images, *, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """uint8 or float images [N, 3, H, W] in 0..255 -> float32 of the same shape and memory format."""
-    mean = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    std = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
-    return (images.float() - mean) / std
+    return (images.float() - _of_channels(mean, images.device)) / _of_channels(std, images.device)
 
 
 def jitter_factors(samples, *, brightness, contrast, saturation, seed, epoch):
@@ -36,12 +36,19 @@ def color_jitter(images, factors):
     images: uint8 or float [n, 3, H, W] in 0..255; gives float32 in the same range and memory format. factors: float
     [n, 3]; 1 changes nothing. The order is fixed, where torchvision's ColorJitter shuffles it per image.
     """
-    brightness, contrast, saturation = factors.to(images.device).view(len(images), 3, 1, 1, 1).unbind(1)
+    factors = factors.to(images.device, non_blocking=True).view(len(images), 3, 1, 1, 1)
+    brightness, contrast, saturation = factors.unbind(1)
     images = (images.float() * brightness).clamp_(0, 255)
     images = torch.lerp(_gray(images).mean(dim=(2, 3), keepdim=True), images, contrast).clamp_(0, 255)
     return torch.lerp(_gray(images), images, saturation).clamp_(0, 255)
 
 
 def _gray(images):
-    luma = torch.tensor(LUMA, device=images.device).view(1, 3, 1, 1)
-    return (images * luma).sum(dim=1, keepdim=True)
+    return (images * _of_channels(LUMA, images.device)).sum(dim=1, keepdim=True)
+
+
+@functools.cache
+def _of_channels(values, device):
+    # once: for each copy of such a tensor the host waits until the GPU has done all that it was asked for before
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device).view(1, 3, 1, 1)

@@ -12,6 +12,10 @@ import torch.distributed as dist
 from rn50.errors import RunError, UsageError
 
 DEVICE_FILES = Path("/dev")
+# How much longer than the hosts GPUs wait for each other: NCCL ends the process, which could then not say why.
+GPU_PATIENCE = timedelta(seconds=60)
+
+_hosts = None  # the group of the hosts, where it is not the default one
 
 
 class LostContact(RunError):
@@ -22,13 +26,20 @@ def setup(device_name, *, timeout=600):
     """Join the process group that torchrun describes and choose this rank's device.
 
     device_name: `auto` (CUDA when there is one), `cuda` or `cpu`. timeout: seconds after which a rank that does not
-    answer is given up. Returns (device, rank, world_size). Raises UsageError where torch cannot use the GPU there is.
-    The device is set before anything allocates on it, or every rank would open a context on GPU 0.
+    answer is given up. Returns (device, rank, world_size). Raises UsageError where torch cannot use the GPU there is,
+    or there are fewer GPUs than ranks. The device is set before anything allocates on it, or every rank would open a
+    context on GPU 0.
     """
+    global _hosts
     device = choose_device(device_name)
     if device.type == "cuda":
-        check_architecture(device)
+        ranks, there_are = ranks_on_this_node(), torch.cuda.device_count()
+        if ranks > there_are:
+            raise UsageError(f"torchrun --nproc_per_node={ranks} needs as many GPUs; torch sees {there_are} here")
         torch.cuda.set_device(device)
+        check_architecture(device)
+    # cuDNN measures once for each shape which of its kernels is fastest; an epoch has one
+    torch.backends.cudnn.benchmark = True
     # ffcv sets torch to one thread as it is imported
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or max(1, cores() // ranks_on_this_node())))
     if "RANK" in os.environ:
@@ -36,7 +47,9 @@ def setup(device_name, *, timeout=600):
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
         store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
-        dist.init_process_group(backend, store=_own(store), rank=rank, world_size=world_size, timeout=limit)
+        patience = GPU_PATIENCE if device.type == "cuda" else timedelta(0)
+        dist.init_process_group(backend, store=_own(store), rank=rank, world_size=world_size, timeout=limit + patience)
+        _hosts = dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else None
         return device, rank, world_size
     return device, 0, 1
 
@@ -120,7 +133,7 @@ def agree(*values):
     if not dist.is_initialized():
         return list(values)
     tensor = torch.tensor(values, dtype=torch.int64)
-    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX, group=_hosts)
     return tensor.tolist()
 
 
@@ -129,7 +142,7 @@ def from_rank_0(value):
     if not dist.is_initialized():
         return value
     values = [value]
-    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+    dist.broadcast_object_list(values, src=0, device=torch.device("cpu"), group=_hosts)
     return values[0]
 
 
@@ -147,7 +160,9 @@ def contact():
         yield
     except RuntimeError as error:
         message = str(error)
-        if not dist.is_initialized() or not ("gloo" in message.lower() or isinstance(error, dist.DistError)):
+        # gloo's own words where a rank hangs name no gloo
+        of_gloo = "gloo" in message.lower() or "pair closure" in message
+        if not dist.is_initialized() or not (of_gloo or isinstance(error, dist.DistError)):
             raise
         raise LostContact(
             f"rank {dist.get_rank()} lost contact with another rank ({message.splitlines()[0]}), whose own message, "

@@ -18,7 +18,7 @@ _torch_threads = torch.get_num_threads()
 
 from ffcv.fields.basics import IntField  # noqa: E402 - importing ffcv sets torch to one thread
 from ffcv.fields.rgb_image import RGBImageField  # noqa: E402
-from ffcv.loader import Loader  # noqa: E402
+from ffcv.loader import Loader, epoch_iterator  # noqa: E402
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.graph import Graph  # noqa: E402
@@ -145,6 +145,8 @@ class BetonLoader:
 
     def __init__(self, info, decoder, *, batch_size, device, timeout):
         self.info, self.decoder, self.timeout = info, decoder, timeout
+        # FFCV asks whether there is a GPU, not whether the batches go there; in a forked process CUDA cannot begin
+        epoch_iterator.IS_CUDA = device.type == "cuda"
         to_device = ToDevice(device, non_blocking=True)
         self.loader = _Loader(
             {
@@ -259,11 +261,36 @@ class _ReadAhead:
 class _Iterator(EpochIterator):
     error = None
 
+    def start(self):
+        self._copied = [None] * len(self.cuda_streams)
+        for stream in self._streams():
+            # FFCV's buffers are of memory that work under way may still use
+            stream.wait_stream(self.current_stream)
+        super().start()
+
     def run(self):
         try:
+            for stream in self._streams()[:1]:
+                # a thread begins at GPU 0 and would open a context there
+                torch.cuda.set_device(stream.device)
             super().run()
         except BaseException as error:
             self.error = error
+
+    def run_pipeline(self, b_ix, batch_indices, batch_slot, cuda_event):
+        # FFCV has the GPU wait before it overwrites a batch there. The pinned memory that the batch was copied from is
+        # written by the host, which may be several batches ahead of the GPU.
+        if self._copied[batch_slot] is not None:
+            self._copied[batch_slot].synchronize()
+        result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+        if self._streams():
+            # blocking: sleep while waiting, where others decode
+            self._copied[batch_slot] = torch.cuda.Event(blocking=True)
+            self._copied[batch_slot].record(self.cuda_streams[batch_slot])
+        return result
+
+    def _streams(self):
+        return [stream for stream in self.cuda_streams if stream is not None]
 
     def describe_error(self):
         return f"{type(self.error).__name__}: {self.error}" if self.error else "the loader thread ended early"
@@ -286,4 +313,7 @@ class _Iterator(EpochIterator):
             except queue.Empty:
                 self.join(timeout=0.05)
         self.closed = True
+        # torch would give the buffers to others while a batch that nobody asked for is still copied
+        while not all(stream.query() for stream in self._streams()) and time.monotonic() < give_up:
+            time.sleep(0.01)
         self.memory_allocations = None

@@ -1,6 +1,8 @@
 """How far a run has come, and how that is shown."""
 
 import time
+from collections import deque
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -41,6 +43,9 @@ class Progress:
         self.epoch_step += 1
         self.step += 1
         self.images_seen += images
+        self.count_time(seconds=seconds, cpu_seconds=cpu_seconds)
+
+    def count_time(self, *, seconds, cpu_seconds):
         self.seconds += seconds
         self.epoch_seconds += seconds
         self.cpu_seconds += cpu_seconds
@@ -62,6 +67,38 @@ class Stopwatch:
 
     def _now(self):
         return {"seconds": time.perf_counter(), "cpu_seconds": time.process_time()}
+
+
+class Waiting:
+    """Seconds for which `device` stood idle because its next batch had not come.
+
+    `with waiting.for_data(): batch = next(batches)`. What is done on a CPU is done when the call before has returned. A
+    GPU may have work for a while longer, so there it is the time between two events of its own.
+    """
+
+    def __init__(self, device):
+        self._on_gpu, self._events, self._seconds = device.type == "cuda", deque(), 0.0
+
+    @contextmanager
+    def for_data(self):
+        if self._on_gpu:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            yield
+            end.record()
+            self._events.append((begin, end))
+        else:
+            asked = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - asked
+
+    def lap(self):
+        """Seconds since the lap before, without those that a GPU has not come to yet."""
+        while self._events and self._events[0][1].query():
+            begin, end = self._events.popleft()
+            self._seconds += begin.elapsed_time(end) / 1000
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 class Bar:

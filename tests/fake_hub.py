@@ -9,17 +9,23 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 TOKEN = "hf_" + "x" * 34
+UNPAID = (
+    "Static Spaces are free for everyone, but hosting Gradio and Docker Spaces on free cpu-basic requires a PRO "
+    "subscription."
+)
 LARGE = (".onnx", ".safetensors", ".jpg")
 
 
 class Hub:
     """`with Hub() as hub:` hub.url; hub.repos: {(kind, id): list of commits, each {path: bytes}}.
 
-    Set `refuse` to an HTTP status to have every commit refused with it.
+    Set `refuse` to an HTTP status to have every commit refused with it, `unpaid` to have Spaces refused as to accounts
+    without a subscription, `invalid` to what is wrong with every README.md.
     """
 
     def __init__(self):
         self.repos, self.objects, self.settings, self.refuse, self.requests = {}, {}, {}, None, []
+        self.unpaid, self.invalid = False, None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -32,11 +38,15 @@ class Hub:
                     asked = json.loads(body)
                     name = f"{asked['organization']}/{asked['name']}"
                     key = (asked.get("type", "model"), name)
+                    if hub.unpaid and key[0] == "space":
+                        return self.answer(402, {"error": UNPAID})
                     if key in hub.repos:
                         return self.answer(409, {"error": "You already created this repo", "url": f"{hub.url}/{name}"})
                     hub.repos[key], hub.settings[key] = [{}], asked
                     return self.answer(200, {"url": f"{hub.url}/{name}"})
                 if self.path == "/api/validate-yaml":
+                    if hub.invalid:
+                        return self.answer(400, {"errors": [{"message": hub.invalid}], "warnings": []})
                     return self.answer(200, {"errors": [], "warnings": []})
                 if re.fullmatch(r"/(?:spaces/)?(.+)\.git/info/lfs/objects/batch", self.path):
                     wanted = json.loads(body)["objects"]
@@ -46,11 +56,13 @@ class Hub:
                     return self.answer(200, {"transfer": "basic", "objects": objects})
                 kind, name, action = re.fullmatch(r"/api/(model|space)s/([^/]+/[^/]+)/(\w+)/main", self.path).groups()
                 if action == "preupload":
+                    there = hub.repos[kind, name][-1]
                     files = [
                         {
                             "path": file["path"],
                             "uploadMode": "lfs" if file["path"].endswith(LARGE) else "regular",
                             "shouldIgnore": False,
+                            "oid": hub.content_id(file["path"], there[file["path"]]) if file["path"] in there else None,
                         }
                         for file in json.loads(body)["files"]
                     ]
@@ -87,6 +99,8 @@ class Hub:
                     ]
                     return self.answer(200, listing)
                 if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
+                    if hub.private(("model", match[1])) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                        return self.answer(401, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
                     number = hub.number(match[2], ("model", match[1]))
                     content = hub.repos["model", match[1]][number][match[3]]
                     headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": match[2]}
@@ -131,7 +145,17 @@ class Hub:
     def info(self, kind, name):
         files = self.repos[kind, name][-1]
         siblings = [{"rfilename": path} for path in files]
-        return {"id": name, "sha": self.oid(len(self.repos[kind, name]) - 1, (kind, name)), "siblings": siblings}
+        sha = self.oid(len(self.repos[kind, name]) - 1, (kind, name))
+        return {"id": name, "sha": sha, "siblings": siblings, "private": self.private((kind, name)), "gated": False}
+
+    def content_id(self, path, content):
+        """By which the client sees that a file has not changed: of LFS its checksum, of others git's."""
+        if path.endswith(LARGE):
+            return hashlib.sha256(content).hexdigest()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+    def private(self, key):
+        return self.settings[key].get("visibility") == "private"
 
     def oid(self, number, key):
         return hashlib.sha1(f"{key} {number}".encode()).hexdigest()

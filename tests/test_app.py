@@ -55,6 +55,21 @@ def uploaded(app, known, tmp_path_factory):
     return time.monotonic()
 
 
+@pytest.fixture(scope="module")
+def coming_in(app, known):
+    """(connection, the rest to be sent, when it began): two pictures in one upload, of which one has arrived."""
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="%s"\r\n\r\n%s\r\n'
+    parts = [head % (b"slow%d.jpg" % place, known[place][0].read_bytes()) for place in range(2)]
+    host, port = app.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        length = sum(map(len, parts)) + len(b"--x--\r\n")
+        connection.sendall(
+            b"POST /gradio_api/upload HTTP/1.1\r\nHost: page\r\nConnection: close\r\nContent-Length: %d\r\n"
+            b"Content-Type: multipart/form-data; boundary=x\r\n\r\n%s" % (length, parts[0] + parts[1][:200])
+        )
+        yield connection, parts[1][200:] + b"--x--\r\n", time.monotonic()
+
+
 def send(app, body, *headers, read=True):
     """The answer to a POST of multipart data, the connection to which is closed unless it is to be read."""
     host, port = app.url.removeprefix("http://").split(":")
@@ -72,7 +87,7 @@ def answer(app, path):
     return json.loads(data)[0]
 
 
-def test_predict_gives_what_the_network_says(app, known, exported, tiny_checkpoint, uploaded):
+def test_predict_gives_what_the_network_says(app, known, exported, tiny_checkpoint, uploaded, coming_in):
     path, label, probability = known[0]
     got = answer(app, path)
     assert got["label"] == label
@@ -274,6 +289,30 @@ def test_requirements_pin_all_that_is_installed():
     assert not any(line.startswith(("torch", "ffcv", "rn50")) for line in pinned)
 
 
+def test_the_pins_allow_what_a_space_installs_with_them():
+    """Spaces ask for gradio[oauth,mcp] beside the requirements, uvicorn>=0.14.0 and websockets>=10.4."""
+    from packaging.requirements import Requirement
+
+    if not tiny_model.APP_PYTHON.exists():
+        pytest.skip("the Space's packages are not installed; run: bash tools/app.sh --install")
+    code = "from importlib.metadata import requires; print(*requires('gradio'), sep='\\n')"
+    listed = subprocess.run([tiny_model.APP_PYTHON, "-c", code], capture_output=True, text=True, timeout=60).stdout
+    lines = (ROOT / "app/requirements.txt").read_text().splitlines()
+    pinned = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
+    asked = [Requirement(line) for line in [*listed.splitlines(), "uvicorn>=0.14.0", "websockets>=10.4"]]
+    asked = [
+        wanted
+        for wanted in asked
+        if not wanted.marker
+        or any(wanted.marker.evaluate({"extra": extra, "python_version": "3.11"}) for extra in ("", "oauth", "mcp"))
+    ]
+    assert {wanted.name for wanted in asked} >= {"mcp", "authlib", "pydantic"}
+    for wanted in asked:
+        name = wanted.name.lower().replace("_", "-")
+        if name in pinned:
+            assert wanted.specifier.contains(pinned[name]), f"{wanted} of the Space, {pinned[name]} of ours"
+
+
 def test_the_page_reaches_nobody_and_writes_nothing_elsewhere(app):
     """No fonts, version checks or usage reports, of Gradio, huggingface_hub or ONNX Runtime: it works offline."""
     assert app.contacted() <= {"127.0.0.1", "localhost", "::1", "0.0.0.0"}
@@ -281,6 +320,21 @@ def test_the_page_reaches_nobody_and_writes_nothing_elsewhere(app):
     assert list(app.home.rglob("*")) == []
     written = {path.name for path in app.scratch.iterdir() if not path.name.startswith("uploads-")}
     assert written == {"app.log", "checkout", "contacted", "home", "watch"}
+
+
+def test_what_comes_in_over_a_slow_line_is_there_when_the_last_of_it_is(app, known, coming_in):
+    """Of a batch the first pictures wait for longer than uploads are kept. Late in this file, as it waits for that."""
+    connection, rest, began = coming_in
+    time.sleep(max(0.0, began + KEPT_AT_MOST - time.monotonic()))
+    connection.sendall(rest)
+    answered = b"".join(iter(lambda: connection.recv(10_000), b""))
+    assert b" 200 OK" in answered, answered
+    paths = json.loads(answered.split(b"\r\n\r\n")[1])
+    assert len(paths) == 2
+    for path, (_, label, _) in zip(paths, known, strict=False):
+        event, data = app.ask(path)
+        assert event == "complete", data
+        assert json.loads(data)[0]["label"] == label
 
 
 def test_nothing_that_was_uploaded_is_left(app, uploaded):

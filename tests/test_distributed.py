@@ -1,7 +1,10 @@
 """Which device a rank gets, and what is said of a GPU that torch cannot use."""
 
+from datetime import timedelta
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from rn50 import distributed
 from rn50.errors import UsageError
@@ -74,3 +77,56 @@ def test_ptx_runs_on_what_came_later(gpu, monkeypatch):
         else:
             with pytest.raises(UsageError):
                 distributed.check_architecture(torch.device("cuda", 0))
+
+
+@pytest.fixture
+def two_gpus(gpu, monkeypatch):
+    """A machine with two, on which this process is the second of two."""
+    gpu(seen=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+
+
+def test_a_rank_takes_its_own_gpu_and_there_must_be_one_for_each(two_gpus, monkeypatch):
+    assert distributed.setup("auto") == (torch.device("cuda", 1), 0, 1)
+    assert torch.backends.cudnn.benchmark
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UsageError, match="nproc_per_node=2 .* torch sees 1 here"):
+        distributed.setup("auto")
+
+
+def test_hosts_of_gpus_talk_beside_them_and_give_up_first(two_gpus, monkeypatch):
+    join, asked = dist.init_process_group, []
+
+    def without_nccl(backend, **given):
+        asked.append((backend, given["timeout"]))
+        join("gloo", **given)
+
+    monkeypatch.setattr(dist, "init_process_group", without_nccl)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    try:
+        distributed.setup("auto", timeout=30)
+        assert asked == [("cpu:gloo,cuda:nccl", timedelta(seconds=90))]
+        assert distributed._hosts is not None
+        assert distributed.agree(3, 4) == [3, 4]
+        assert distributed.from_rank_0({"a": 1}) == {"a": 1}
+    finally:
+        distributed.shutdown()
+        monkeypatch.setattr(distributed, "_hosts", None)
+
+
+@pytest.mark.parametrize(
+    "words", ["[gloo/transport/tcp/pair.cc:545] Read error", "Application timeout caused pair closure"]
+)
+def test_what_gloo_says_of_a_lost_rank_is_one_line(monkeypatch, words):
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    with pytest.raises(distributed.LostContact, match="rank 0 lost contact"), distributed.contact():
+        raise RuntimeError(words)
+    with pytest.raises(RuntimeError, match="a bug"), distributed.contact():
+        raise RuntimeError("a bug")

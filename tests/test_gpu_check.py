@@ -1,6 +1,7 @@
 """tools/gpu_check.py where there is no GPU: it says so; its judgements and its table are tried without one."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +38,7 @@ def test_what_the_checks_start_exists():
 
 def checker(folder, **given):
     options = {"imagenette": None, "betons": None, "instance": None, "only": None, "gpu_name": "A10G", "commit": "abc"}
-    return gpu_check.Checker(SimpleNamespace(out=folder, **options | given), gpus=1)
+    return gpu_check.Checker(SimpleNamespace(out=folder, **options | given), gpus=1, bf16=False)
 
 
 def a_run(made, name, top1, speed=100.0, epochs=(0, 1, 2), **more):
@@ -57,8 +58,8 @@ def test_runs_are_compared_with_each_other(tmp_path):
     a_run(made, "fp32", 80.0)
     a_run(made, "bf16", 79.0, speed=150.0)
     assert "1.50 x fp32" in judged(made, "bf16")
-    a_run(made, "fp16", 79.0, speed=90.0)
-    with pytest.raises(gpu_check.Failed, match="0.90 x"):
+    a_run(made, "fp16", 79.0, speed=50.0)
+    with pytest.raises(gpu_check.Failed, match="0.50 x"):
         judged(made, "fp16")
     a_run(made, "compile", 70.0)
     with pytest.raises(gpu_check.Failed, match="points apart"):
@@ -69,6 +70,13 @@ def test_runs_are_compared_with_each_other(tmp_path):
     a_run(made, "resume", 80.0, epochs=(0, 1, 1, 2))
     with pytest.raises(gpu_check.Failed, match="epochs in the log"):
         judged(made, "resume", "resuming runs at step 9")
+    shutil.rmtree(made.work / "resume")
+    a_run(made, "resume", 80.0, step=147)
+    line = "resuming runs/resume at step 441: after epoch 2 of 22 and {} steps"
+    assert "and 20 steps; top-1 80.00 %" in judged(made, "resume", line.format(20))
+    for at_the_end_of_one in (0, 147):
+        with pytest.raises(gpu_check.Failed, match="not in the middle"):
+            judged(made, "resume", line.format(at_the_end_of_one))
     a_run(made, "imagenet_16", 70.0, evaluation={"224": {"single": {"top1": 70.0}}}, elapsed_seconds=7200)
     with pytest.raises(gpu_check.Failed, match="70.00 % at 224 px, single view, after 2.00 h: not within"):
         judged(made, "imagenet_16")
@@ -91,7 +99,7 @@ def test_what_passed_is_not_repeated_and_the_report_says_what_was_left_out(tmp_p
     good = gpu_check.Check("good", count, "fine", gpu_check.needs_text("fine"))
     bad = gpu_check.Check("bad", "echo broken; exit 3", "", gpu_check.needs_text("."))
     later = gpu_check.Check("later", "true", "", gpu_check.needs_text("."), after=("bad",))
-    two = gpu_check.Check("two", "true", "", gpu_check.needs_text("."), needs=("two GPUs",))
+    two = gpu_check.Check("two", "true", "", gpu_check.needs_text("."), needs=("two GPUs", "bf16"))
     for _ in range(2):
         checker(tmp_path / "out").run([good, bad, later, two])
     assert (tmp_path / "count").read_text() == "once\n"
@@ -99,4 +107,4 @@ def test_what_passed_is_not_repeated_and_the_report_says_what_was_left_out(tmp_p
     assert "| good | passed | fine |" in report
     assert "| bad | failed | exit status 3: broken |" in report
     assert "| later | left out | needs bad |" in report
-    assert "| two | left out | needs two GPUs |" in report
+    assert "| two | left out | needs two GPUs, bf16 |" in report

@@ -248,6 +248,14 @@ def test_a_folder_that_is_no_model_is_said_to_be_none(tmp_path, exported):
         inference.Classifier(tmp_path)
 
 
+def test_a_space_uses_the_processors_it_was_given_not_those_of_its_host(monkeypatch, tmp_path):
+    monkeypatch.setattr(inference.os, "sched_getaffinity", lambda process: set(range(64)), raising=False)
+    monkeypatch.setattr(inference, "Path", lambda path: tmp_path / "none")  # no quota that can be read
+    for said, expected in (("2", 2), ("", 64), ("many", 64), ("128", 64)):
+        monkeypatch.setenv("CPU_CORES", said)
+        assert inference.cores() == expected
+
+
 def test_the_app_imports_nothing_of_the_project_nor_torch():
     allowed = {"gradio", "huggingface_hub", "inference", "numpy", "onnxruntime", "PIL"} | sys.stdlib_module_names
     for path in (ROOT / "app").glob("*.py"):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -262,3 +264,103 @@ def test_both_orders_of_a_real_file_are_permutations(info):
     for order in ("random", "page"):
         samples = loaders.epoch_order(info, order, seed=0, epoch=0)
         assert sorted(samples) == list(range(info.num_samples))
+
+
+class LateGPU:
+    """In the place of CUDA's streams: a device that does nothing before somebody waits for it, on the CPU's memory."""
+
+    def __init__(self, monkeypatch):
+        self.lock, self.chosen, self.streams, gpu = threading.RLock(), threading.local(), [], self
+
+        class Stream:
+            device = torch.device("cuda", 1)
+
+            def __init__(self):
+                self.queue, self.done = [], 0
+                gpu.streams.append(self)
+
+            def submit(self, work):
+                with gpu.lock:
+                    self.queue.append(work)
+
+            def run(self, until):
+                with gpu.lock:
+                    while self.done < until:
+                        self.done += 1
+                        self.queue[self.done - 1]()
+
+            def wait_stream(self, other):
+                self.submit(partial(other.run, len(other.queue)))
+
+            def query(self):
+                self.run(min(self.done + 1, len(self.queue)))
+                return self.done == len(self.queue)
+
+        class Event:
+            def __init__(self, blocking=False):
+                pass
+
+            def record(self, stream):
+                self.synchronize = partial(stream.run, len(stream.queue))
+
+            def wait(self):
+                gpu.chosen.stream.submit(self.synchronize)
+
+        @contextmanager
+        def stream(stream):
+            gpu.chosen.stream = stream
+            yield
+
+        class LateCopy(loaders.ToDevice):
+            def __init__(self, device, non_blocking):
+                super().__init__(CPU)
+
+            def generate_code(self):
+                def to_device(source, target):
+                    gpu.chosen.stream.submit(partial(target.copy_, source))
+                    return target
+
+                return to_device
+
+        self.main, self.devices_set = Stream(), []
+        for name, stand_in in {
+            "Stream": Stream, "Event": Event, "stream": stream, "current_stream": lambda: self.main,
+            "set_device": self.devices_set.append,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stand_in)
+        monkeypatch.setattr(loaders, "ToDevice", LateCopy)
+        monkeypatch.setattr(loaders.epoch_iterator, "IS_CUDA", False)
+
+
+def test_a_batch_whose_copy_is_under_way_is_not_overwritten(betons, monkeypatch):
+    """The host may be as far ahead of the GPU as it likes, which is what a step without a wait lets it."""
+    info = loaders.find_rungs(betons, "train")[64]
+    common = {"batch_size": 8, "crop_scale": [0.35, 1], "seed": 0, "workers": 1, "timeout": 60}
+    samples = np.random.default_rng(0).permutation(info.num_samples)[:120]
+    with loaders.training_loader(info, device=CPU, **common).batches(samples, 32) as batches:
+        expected = [(images.clone(), labels.clone()) for images, labels in batches]
+    gpu, got = LateGPU(monkeypatch), []
+    loader = loaders.training_loader(info, device=torch.device("cuda", 1), **common)
+    with loader.batches(samples, 32) as batches:
+        for batch in batches:
+            gpu.main.submit(lambda batch=batch: got.append([tensor.clone() for tensor in batch]))
+        gpu.main.run(len(gpu.main.queue))
+    assert len(got) == len(expected)
+    for batch, other in zip(got, expected, strict=True):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(batch, other, strict=True))
+    # the loader's thread, too, works on this rank's GPU
+    assert gpu.devices_set == [torch.device("cuda", 1)]
+    with loader.batches(samples, 32) as batches:
+        next(batches)
+    assert all(len(stream.queue) == stream.done for stream in gpu.streams if stream is not gpu.main)
+
+
+def test_a_loader_for_the_cpu_leaves_a_gpu_alone(betons, monkeypatch):
+    """In a forked process CUDA could not even begin."""
+    monkeypatch.setattr(loaders.epoch_iterator, "IS_CUDA", True)
+    info = loaders.find_rungs(betons, "train")[64]
+    loader = loaders.training_loader(
+        info, batch_size=8, crop_scale=[0.35, 1], seed=0, device=CPU, workers=1, timeout=60
+    )
+    with loader.batches(np.arange(8), 32) as batches:
+        assert len(next(batches)[0]) == 8

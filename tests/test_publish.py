@@ -14,7 +14,7 @@ import yaml
 
 from tests import tiny_model
 from tests.conftest import ROOT
-from tests.fake_hub import TOKEN, Hub
+from tests.fake_hub import TOKEN, UNPAID, Hub
 
 MODEL_FILES = {"README.md", "config.json", "model.onnx", "model.safetensors"}
 SPACE_FILES = {"README.md", "app.py", "inference.py", "page.css", "page.js", "requirements.txt", "model.json"}
@@ -66,6 +66,10 @@ def test_publishing_again_is_one_commit_each_and_the_space_runs_the_commit_it_na
         assert front["models"] == ["me/net"]
         assert front["preload_from_hub"] == [f"me/net {','.join(pointer['files'])} {revision}"]
         assert front["sdk"] == "gradio"
+        # what the Hub's validation asks for beside
+        assert len(front["short_description"]) <= 60
+        colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+        assert {front["colorFrom"], front["colorTo"]} <= colours
 
         # another export: what is gone there goes here too, what is not ours stays
         removed = sorted(model.glob("examples/*.jpg"))[0]
@@ -171,6 +175,54 @@ def test_refusals_of_the_hub_and_of_the_network_are_one_line(model, tmp_path):
     assert_refused(run(tmp_path, *base), "could not be reached")
 
 
+def test_the_model_is_published_where_the_space_is_refused(model, tmp_path):
+    """As to accounts without a subscription; a Space that is there already is updated all the same."""
+    command = ["--model", model, "--repo", "me/net", "--space", "me/demo"]
+    with Hub() as hub:
+        hub.unpaid = True
+        done = run(tmp_path, *command, hub=hub.url)
+        assert_refused(done, "me/net is published, me/demo is not", "(402)", UNPAID, "tools/app.sh")
+        assert done.stdout == f"{hub.url}/me/net/tree/{hub.oid(1, ('model', 'me/net'))}\n"
+        hub.repos["space", "me/demo"], hub.settings["space", "me/demo"] = [{}], {}
+        done = run(tmp_path, *command, hub=hub.url)
+        assert done.returncode == 0, done.stderr
+        assert set(hub.repos["space", "me/demo"][-1]) == SPACE_FILES
+        assert len(hub.repos["model", "me/net"]) == 2  # nothing has changed there
+
+
+def test_front_matter_that_the_hub_does_not_take_is_one_line(model, tmp_path):
+    with Hub() as hub:
+        hub.invalid = '"license" must be one of [apache-2.0,\nmit]'
+        done = run(tmp_path, "--model", model, "--repo", "me/net", hub=hub.url)
+        assert_refused(done, 'README.md. - "license" must be one of [apache-2.0, mit]')
+        assert hub.repos["model", "me/net"] == [{}]
+
+
+def test_the_space_of_a_private_model_is_built_without_it_and_says_what_it_needs(model, tmp_path):
+    with Hub() as hub:
+        done = run(tmp_path, "--model", model, "--repo", "me/net", "--space", "me/demo", "--private", hub=hub.url)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.splitlines()[2] == (
+            f"me/net is not open to all: in {hub.url}/spaces/me/demo/settings add a secret HF_TOKEN that may read it"
+        )
+        space = hub.repos["space", "me/demo"][1]
+        front = yaml.safe_load(space["README.md"].decode().split("---\n")[1])
+        assert "preload_from_hub" not in front  # a build has no secrets
+        if not tiny_model.APP_PYTHON.exists():
+            pytest.skip("the Space's packages are not installed; run: bash tools/app.sh --install")
+        for name, content in space.items():
+            (tmp_path / name).write_bytes(content)
+        environment = {"PATH": os.environ["PATH"], "HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url}
+
+        def start(**secrets):
+            command = [tiny_model.APP_PYTHON, "-c", "import app; print(app.MODEL.config['name'])"]
+            settings = environment | {"HF_HUB_DISABLE_XET": "1"} | secrets
+            return subprocess.run(command, cwd=tmp_path, env=settings, capture_output=True, text=True, timeout=90)
+
+        assert_refused(start(), "me/net is gone or private", "HF_TOKEN")
+        assert start(HF_TOKEN=TOKEN).stdout == "tiny\n"
+
+
 def test_the_token_of_hf_auth_login_is_taken(model, tmp_path):
     with Hub() as hub:
         environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf")}
@@ -187,5 +239,8 @@ def test_the_token_of_hf_auth_login_is_taken(model, tmp_path):
 def test_a_folder_that_is_no_model_is_refused(tmp_path, model):
     assert_refused(run(tmp_path, "--model", tmp_path, "--repo", "me/net"), "no config.json")
     assert_refused(run(tmp_path, "--model", model, "--repo", "net"), "not of the form USER/NAME", status=2)
+    # names that the Hub does not take, before anything is sent
+    for name in ("me/net--v2", "me/net.git", f"me/{'n' * 97}"):
+        assert_refused(run(tmp_path, "--model", model, "--repo", name, "--dry-run"), name, status=2)
     (model / "model.safetensors").unlink()
     assert_refused(run(tmp_path, "--model", model, "--repo", "me/net", "--dry-run"), "lacks model.safetensors")

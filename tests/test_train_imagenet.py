@@ -20,7 +20,9 @@ from torch import nn
 
 import train_imagenet
 from rn50 import checkpoint, config, export
-from rn50.errors import UsageError
+from rn50.augment import normalize
+from rn50.errors import RunError, UsageError
+from rn50.progress import Progress
 from rn50.run_log import read_rows
 from tests import tiny_model
 from tests.conftest import ROOT
@@ -401,6 +403,37 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
 
     for whole, parts in zip(gradient(1), gradient(4), strict=True):
         torch.testing.assert_close(parts, whole)
+
+
+def test_a_resumed_epoch_adds_up_its_loss_on_its_device():
+    """In a checkpoint it is on the CPU; nothing else here is on another device, so meta stands for a GPU."""
+    network, progress = nn.Linear(1, 1), Progress()
+    run = SimpleNamespace(network=network, ema=None, progress=progress, device=torch.device("meta"))
+    of_some_steps = vars(Progress(loss_sum=torch.ones((), dtype=torch.float64)))
+    train_imagenet.restore_weights(run, {"model": network.state_dict(), "ema": None, "progress": of_some_steps})
+    progress.loss_sum += torch.ones((), dtype=torch.float64, device="meta")
+
+
+def test_the_largest_step_is_tried_before_the_first_and_leaves_no_trace(betons, monkeypatch):
+    flags = command(betons, "runs", model__ema_half_life=5, validation__batch_size=8)[2:]
+    run = train_imagenet.build_run(load(flags), Progress())
+    before, shapes = copy.deepcopy(run.network.state_dict()), []
+    monkeypatch.setattr(train_imagenet, "normalize", lambda images: shapes.append(images.shape) or normalize(images))
+    train_imagenet.try_largest(run)
+    assert shapes == [(20, 3, 48, 48), (8, 3, 64, 64)]
+    assert all(torch.equal(before[name], tensor) for name, tensor in run.network.state_dict().items())
+    assert all(parameter.grad is None for parameter in run.network.parameters())
+
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nmore of it")
+
+    monkeypatch.setattr(train_imagenet, "forward_backward", no_room)
+    with pytest.raises(UsageError, match=r"at 48 px with training.micro_batch=20: .* allocate 20 MiB\.$"):
+        train_imagenet.try_largest(run)
+    with pytest.raises(RunError, match="at 32 px with training.micro_batch=20"):
+        train_imagenet.train_one_epoch(run)
+    run.progress.epoch = 3
+    train_imagenet.try_largest(run)
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,8 @@ class StockLoader:
         from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
 
         decoder = RandomResizedCropRGBImageDecoder((resolution, resolution), scale=self.scale)
+        # FFCV's host would overwrite a batch whose copy is under way: rn50.loaders waits for it, this has to here
+        to_device = {"device": self.device, "non_blocking": False}
         return Loader(
             self.path,
             batch_size=self.batch_size,
@@ -130,8 +132,8 @@ class StockLoader:
             order=OrderOption.SEQUENTIAL,
             os_cache=True,
             pipelines={
-                "image": [decoder, RandomHorizontalFlip(), ToTensor(), ToDevice(self.device), ToTorchImage()],
-                "label": [IntDecoder(), ToTensor(), ToDevice(self.device)],
+                "image": [decoder, RandomHorizontalFlip(), ToTensor(), ToDevice(**to_device), ToTorchImage()],
+                "label": [IntDecoder(), ToTensor(), ToDevice(**to_device)],
             },
         )
 

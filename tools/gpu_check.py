@@ -9,6 +9,7 @@ output. A check that passed is not repeated. Exit status 1 where one failed.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from rn50.run_log import read_rows, write_atomically
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ".venv/bin/python"
 POINTS = 1.5  # of top-1 that two short runs on Imagenette may differ by
+SLOWEST = 0.6  # of the images/s in fp32; emulated, a type has a fraction of this
 IMAGENETTE_RUN = f"{PYTHON} train_imagenet.py --config-file rn50_configs/imagenette_cpu.yaml --data.dir=WORK/imagenette"
 IMAGENETTE_RUN += " --logging.folder=WORK"
 IMAGENET_RUN = f"{PYTHON} train_imagenet.py --config-file rn50_configs/rn50_16_epochs.yaml --data.dir=BETONS"
@@ -123,7 +125,9 @@ def judge_resume(checker, output):
     epochs = [row["epoch"] for row in rows]
     if epochs != list(range(len(epochs))):
         raise Failed(f"epochs in the log: {epochs}")
-    text = needs_text(r"resuming .* at step \d+")(checker, output)
+    text = needs_text(r"resuming .* at step \d+: after epoch \d+ of \d+ and \d+ steps")(checker, output)
+    if not 0 < int(text.split()[-2]) < rows[0]["step"]:
+        raise Failed(f"{text}: not in the middle of an epoch, remove {checker.work / 'resume'} and repeat")
     return f"{text}; {accuracy_like('fp32')(checker, output)}"
 
 
@@ -137,10 +141,10 @@ def judge_imagenet(checker, output):
     return text
 
 
-GPU_NAME = f'{PYTHON} -c "import torch; print(torch.cuda.get_device_name(), torch.cuda.is_bf16_supported())"'
+GPU_NAME = f'{PYTHON} -c "import torch; print(torch.cuda.get_device_name(), torch.cuda.is_bf16_supported(False))"'
 CHECKS = [
     Check("gpu", GPU_NAME, "the GPU's name; `True` on A10G, L4, A100, H100", needs_text(r".+ (True|False)")),
-    Check("tests", "bash tools/test.sh", "`passed`, none failed (they choose the CPU themselves)",
+    Check("tests", "CUDA_VISIBLE_DEVICES= bash tools/test.sh", "`passed`, none failed (on the CPU)",
           needs_text(r"\d+ passed(?!.*failed).*")),
     Check("smoke", "bash tools/demo.sh", "`resnet18 on cuda`, and top-1 of at least 95 %",
           needs_text(r"(?s)resnet18 on cuda.*top-1 \d+\.\d+ % on the validation images")),
@@ -151,23 +155,26 @@ CHECKS = [
           f"`on cuda`; within {POINTS} points of docs/results/imagenette_cpu",
           both(needs_text("on cuda"), accuracy_like(None)), after=("betons",)),
     Check("bf16", f"{IMAGENETTE_RUN} --logging.run_name=bf16 --training.precision=bf16",
-          f"within {POINTS} points of fp32, at least as many images/s", faster_than("fp32", 1.0), after=("fp32",)),
+          f"within {POINTS} points of fp32, at least {SLOWEST} x its images/s (small images: the host sets the pace)",
+          faster_than("fp32", SLOWEST), needs=("bf16",), after=("fp32",)),
     Check("fp16", f"{IMAGENETTE_RUN} --logging.run_name=fp16 --training.precision=fp16",
-          f"within {POINTS} points of fp32, at least as many images/s", faster_than("fp32", 1.0), after=("fp32",)),
+          f"within {POINTS} points of fp32, at least {SLOWEST} x its images/s", faster_than("fp32", SLOWEST),
+          after=("fp32",)),
     Check("compile", f"{IMAGENETTE_RUN} --logging.run_name=compile --training.compile=true",
           f"within {POINTS} points of fp32; images/s for comparison", accuracy_like("fp32"), after=("fp32",)),
     Check("accumulation", f"{IMAGENETTE_RUN} --logging.run_name=accumulation --training.micro_batch=32",
           f"within {POINTS} points of fp32 (BatchNorm sees 32)", accuracy_like("fp32"), after=("fp32",)),
-    Check("resume", f"{IMAGENETTE_RUN} --logging.run_name=resume --training.precision=fp32",
-          "killed (-9) once in its fourth epoch: `resuming`, no epoch twice, the accuracy of fp32", judge_resume,
-          after=("fp32",)),
+    Check("resume", f"{IMAGENETTE_RUN} --logging.run_name=resume --training.precision=fp32 "
+          "--logging.checkpoint_steps=20",
+          "killed (-9) once in the middle of an epoch: `resuming` there, no epoch twice, the accuracy of fp32",
+          judge_resume, after=("fp32",)),
     Check("ddp", f"{IMAGENETTE_RUN} --logging.run_name=ddp --training.precision=fp32 --training.micro_batch=32".replace(
               f"{PYTHON} train", ".venv/bin/torchrun --nproc_per_node=2 train"),
           f"`32 x 2 ranks x 1 accumulated`; within {POINTS} points of accumulation",
           both(needs_text("32 x 2 ranks x 1 accumulated"), accuracy_like("accumulation")),
           needs=("two GPUs",), after=("accumulation",)),
     Check("throughput", f"{PYTHON} tools/preflight.py rn50_configs/rn50_78.yaml --data BETONS --instance INSTANCE "
-          "--budget 25 --json WORK/preflight.json", "images/s at three resolutions, none far below the cost model",
+          "--budget 1000 --json WORK/preflight.json", "images/s at three resolutions, none far below the cost model",
           judge_speed, needs=("betons", "instance")),
     Check("imagenet_16", IMAGENET_RUN, f"top-1 at 224 px, single view, of {TOP1_16_EPOCHS[0]} to {TOP1_16_EPOCHS[1]} %",
           judge_imagenet, needs=("betons", "asked for by --only")),
@@ -177,8 +184,8 @@ CHECKS = [
 class Checker:
     """Runs checks one after the other; `current` is the one that is judged."""
 
-    def __init__(self, args, gpus):
-        self.args, self.gpus = args, gpus
+    def __init__(self, args, gpus, bf16):
+        self.args, self.gpus, self.bf16 = args, gpus, bf16
         self.out, self.work = args.out.resolve(), args.out.resolve() / "work"
         self.work.mkdir(parents=True, exist_ok=True)
         self.file = self.out / "report.json"
@@ -206,6 +213,7 @@ class Checker:
             "betons": self.args.betons,
             "instance": self.args.instance,
             "two GPUs": self.gpus >= 2,
+            "bf16": self.bf16,
             "asked for by --only": check.name in (self.args.only or []),
         }
         lacking = [need for need in check.needs if not given[need]]
@@ -221,7 +229,7 @@ class Checker:
         self.current = check
         log = self.out / f"{check.name}.txt"
         if check.name == "resume":
-            self.kill_in_fourth_epoch(log)
+            self.kill_in_an_epoch(log)
         status = self.shell(self.command(check), log)
         output = log.read_text(errors="replace")
         if status:
@@ -238,7 +246,7 @@ class Checker:
         with open(log, "ab") as file:
             return subprocess.run(command, shell=True, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT).returncode
 
-    def kill_in_fourth_epoch(self, log):
+    def kill_in_an_epoch(self, log):
         with open(log, "wb") as file:
             process = subprocess.Popen(
                 self.command(self.current), shell=True, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT,
@@ -246,7 +254,12 @@ class Checker:
             )  # fmt: skip
         while process.poll() is None and "epoch 3/" not in log.read_text(errors="replace"):
             time.sleep(0.2)
-        time.sleep(1)
+        # the first checkpoint from then on may be the one between two epochs
+        seen, last = set(), self.work / "resume" / "last.pt"
+        while process.poll() is None and len(seen) < 3:
+            with contextlib.suppress(FileNotFoundError):  # for a moment between two
+                seen.add(last.stat().st_mtime_ns)
+            time.sleep(0.02)
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -288,7 +301,7 @@ def main():
     if not torch.cuda.is_available():
         raise RunError("torch sees no GPU here: these checks are for a machine with one (nvidia-smi should list it)")
     args.gpu_name, args.commit = torch.cuda.get_device_name(), commit()
-    checker = Checker(args, torch.cuda.device_count())
+    checker = Checker(args, torch.cuda.device_count(), torch.cuda.is_bf16_supported(including_emulation=False))
     wanted = [check for check in CHECKS if not args.only or check.name in args.only]
     checker.run(wanted)
     failed = [check.name for check in wanted if checker.results[check.name]["outcome"] == "failed"]

@@ -30,6 +30,7 @@ from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.model import build_model
 from rn50.optimizer import build_optimizer, set_learning_rate
 from rn50.precision import autocast_dtype
+from rn50.progress import Waiting
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_STEPS = 2
@@ -184,7 +185,7 @@ def timed(loader, cfg, device, px, step, micro, seconds):
         with open(loader.info.path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     accumulation = max(1, cfg.training.batch_size // micro)
-    done, waited, images_done, started = 0, 0.0, 0, None
+    done, waiting, images_done, started = 0, Waiting(device), 0, None
     for epoch in itertools.count():
         order = loaders.epoch_order(loader.info, kind, seed=cfg.training.seed, epoch=epoch)
         order = order[: len(order) // micro * micro]
@@ -192,22 +193,22 @@ def timed(loader, cfg, device, px, step, micro, seconds):
             raise RunError(f"{loader.info.path} has fewer images than one micro-batch of {micro}")
         with loader.batches(order, px, epoch=epoch, read_ahead=kind == "page") as batches, closing(batches):
             while True:
-                asked = time.perf_counter()
-                batch = next(batches, None)
+                with waiting.for_data():
+                    batch = next(batches, None)
                 if batch is None:
                     break
-                waited += time.perf_counter() - asked
                 step(*batch, update=(done + 1) % accumulation == 0)
                 done += 1
                 if done == WARM_UP_STEPS:
                     finish(device)
-                    started, waited, images_done = time.perf_counter(), 0.0, 0
+                    waiting.lap()
+                    started, images_done = time.perf_counter(), 0
                 else:
                     images_done += len(batch[0])
                 if started and time.perf_counter() - started > seconds:
                     finish(device)
                     spent = time.perf_counter() - started
-                    return images_done / spent, min(1.0, waited / spent)
+                    return images_done / spent, min(1.0, waiting.lap() / spent)
 
 
 def share_among(rows, gpus, speeds):

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from rn50 import errors
 from rn50.errors import RunError, UsageError
@@ -29,6 +31,13 @@ EXAMPLE = re.compile(r"examples/[\w-]+\.jpg")
 APP_FILES = ("README.md", "app.py", "inference.py", "page.css", "page.js", "requirements.txt")
 POINTER = "model.json"
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
+# What to do about a refusal of the Hub, by its status.
+HINTS = {
+    401: "; is HF_TOKEN one that may write there?",
+    402: "; `bash tools/app.sh MODEL` opens the same page on a machine of your own",
+    403: "; is HF_TOKEN one that may write there?",
+}
+NETWORK = ("httpx", "httpx2", "hf_xet")
 SECRETS = {
     "a Hugging Face token": re.compile(rb"\bhf_[A-Za-z0-9]{30,}"),
     "an AWS access key": re.compile(rb"\b(AKIA|ASIA)[A-Z0-9]{16}\b"),
@@ -67,6 +76,10 @@ def arguments():
     for name in filter(None, (args.repo, args.space)):
         if not REPO.fullmatch(name):
             raise UsageError(f"{name} is not of the form USER/NAME")
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            raise UsageError(" ".join(str(error).split())) from None
     return args
 
 
@@ -103,18 +116,16 @@ def refuse_secrets(path):
             raise RunError(f"{path} holds what looks like {what}; remove it and, if it was real, revoke it")
 
 
-def space_texts(config, repo, revision, model):
+def space_texts(config, repo, revision, model, *, open_to_all=True):
     """The two files that tie a Space to its model: {name: bytes}."""
     wanted = [config["network"], "config.json", "README.md", *sorted(name for name in model if EXAMPLE.fullmatch(name))]
     pointer = {"repo": repo, "revision": revision, "files": wanted}
     front, body = (APP / "README.md").read_text(encoding="utf-8").split("---\n", 2)[1:]
     settings = yaml.safe_load(front)
-    settings |= {
-        "title": config["name"],
-        "models": [repo],
-        # fetched while the Space is built, so that it starts without a download
-        "preload_from_hub": [f"{repo} {','.join(wanted)} {revision}"],
-    }
+    settings |= {"title": config["name"], "models": [repo]}
+    if open_to_all:
+        # fetched while the Space is built, which has no token, so that it starts without a download
+        settings["preload_from_hub"] = [f"{repo} {','.join(wanted)} {revision}"]
     readme = f"---\n{yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)}---\n{body}"
     return {POINTER: json.dumps(pointer, indent=1).encode() + b"\n", "README.md": readme.encode()}
 
@@ -135,25 +146,33 @@ def publish(args, config, model, space):
         raise RunError("no token: run `hf auth login`, or set HF_TOKEN to one that may write")
     if not sys.stderr.isatty():
         disable_progress_bars()
-    api = HfApi(library_name="rn50")
+    api, done = HfApi(library_name="rn50"), ""
     try:
         revision = upload(api, args.repo, "model", model, private=args.private)
-        print(f"{api.endpoint}/{args.repo}/tree/{revision}")
+        print(f"{api.endpoint}/{args.repo}/tree/{revision}", flush=True)
         if args.space:
-            files = {**space, **space_texts(config, args.repo, revision, model)}
+            done = f"{args.repo} is published, {args.space} is not: "
+            now = api.model_info(args.repo)
+            open_to_all = not (now.private or now.gated)
+            files = {**space, **space_texts(config, args.repo, revision, model, open_to_all=open_to_all)}
             upload(api, args.space, "space", files, private=args.private)
-            print(f"{api.endpoint}/spaces/{args.space}")
+            address = f"{api.endpoint}/spaces/{args.space}"
+            print(address)
+            if not open_to_all:
+                print(f"{args.repo} is not open to all: in {address}/settings add a secret HF_TOKEN that may read it")
     except OfflineModeIsEnabled:
         raise RunError("HF_HUB_OFFLINE is set; unset it to publish") from None
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
-        hint = "; is HF_TOKEN one that may write there?" if status in (401, 403) else ""
-        raise RunError(f"the Hub refused ({status}): {error.server_message or error}{hint}") from None
+        said = " ".join(str(error.server_message or error).split())
+        raise RunError(f"{done}the Hub refused ({status}): {said}{HINTS.get(status, '')}") from None
+    except ValueError as error:  # front matter that it does not take, or an answer that is none, as of a gateway
+        raise RunError(f"{done}the Hub did not take it: {' '.join(str(error).split())}") from None
     except Exception as error:
-        # the HTTP library under huggingface_hub has changed twice
-        if not isinstance(error, OSError) and type(error).__module__.split(".")[0] not in ("httpx", "httpx2"):
+        # the HTTP library under huggingface_hub has changed twice; hf_xet, which uploads, raises RuntimeError
+        if not isinstance(error, OSError | RuntimeError) and type(error).__module__.split(".")[0] not in NETWORK:
             raise
-        raise RunError(f"the Hub could not be reached: {error}") from None
+        raise RunError(f"{done}the Hub could not be reached: {' '.join(str(error).split())}") from None
 
 
 def upload(api, repo, kind, files, *, private):
