@@ -27,18 +27,21 @@ def test_loss_is_computed_in_float32():
     assert cross_entropy(logits, torch.tensor([1])).dtype == torch.float32
 
 
-def test_ema_weighs_a_step_half_after_its_half_life_and_copies_buffers():
+def test_ema_weighs_a_step_half_after_its_half_life_in_weights_and_statistics():
     network = nn.BatchNorm1d(1)
     ema = EMA(network, half_life=3)
     values = [5.0, -2.0, 7.0, 1.0]
     for step, value in enumerate(values):
         network.weight.data.fill_(value)
-        network.running_mean.fill_(step)
+        network.running_mean.fill_(2 * value)
+        network.num_batches_tracked.fill_(step)
         ema.update(network)
     weights = [0.5 ** (age / 3) for age in (3, 2, 1, 0)]
     expected = sum(w * v for w, v in zip(weights, values, strict=True)) / sum(weights)
     assert ema.model.weight.item() == pytest.approx(expected, rel=1e-5)
-    assert ema.model.running_mean.item() == 3
+    # the newest weights' mean is not that of the averaged ones
+    assert ema.model.running_mean.item() == pytest.approx(2 * expected, rel=1e-5)
+    assert ema.model.num_batches_tracked.item() == 3
     assert not ema.model.training
 
 
