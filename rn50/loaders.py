@@ -32,9 +32,10 @@ from rn50.order import page_aware_order, random_order  # noqa: E402
 
 torch.set_num_threads(_torch_threads)
 
-# A rung's short side over the training resolution from which a smaller stored image is taken to lose nothing:
-# at 1.6 the mean random crop (72 % of a side) still has more pixels than the output.
-TRAIN_MARGIN = 1.6
+# A rung's short side over the resolution from which a smaller stored image is taken to lose nothing: at 1.6 the mean
+# random crop (72 % of a side) still has more pixels than the output. Evaluation from images of its own size lost 0.8 to
+# 1.5 points, from images 1.6 times as large -0.1 to 0.5 (docs/results/decode_accuracy).
+MARGIN = 1.6
 # Above this share of memory the page cache cannot hold the file beside what training needs.
 RANDOM_ORDER_MEMORY_SHARE = 0.6
 PAGES_IN_WINDOW = 64
@@ -63,12 +64,15 @@ def training_rung(rungs, resolution, rung):
         if rung not in rungs:
             raise RunError(f"data.rung={rung} is not among the rungs there are: {', '.join(map(str, rungs))}")
         return rung
-    return _smallest(rungs, TRAIN_MARGIN * resolution)
+    return _smallest(rungs, MARGIN * resolution)
 
 
 def validation_rung(rungs, resolution, crop_ratio, *, warn):
-    """The smallest rung whose median short side covers resolution / crop_ratio, else the largest and a `warn`ing."""
-    side = _smallest(rungs, resolution / crop_ratio)
+    """The smallest rung that is large enough for resolution / crop_ratio, as for training, else the largest.
+
+    `warn` is told where even that one's median image is enlarged.
+    """
+    side = _smallest(rungs, MARGIN * resolution / crop_ratio)
     if rungs[side].median_short_side < resolution / crop_ratio:
         warn(
             f"evaluation at {resolution} px enlarges the stored images "

@@ -208,7 +208,7 @@ def test_a_wrong_export_is_refused(exported, tiny_checkpoint, betons, config):
     """The check after writing finds a network that is not the checkpoint's."""
     import tools.export_model as tool
 
-    data = tool.Data(betons, {"headline_resolution": 64, "crop_ratio": 0.875})
+    data = tool.Data(betons)
     with pytest.raises(RunError, match="the onnx file gives other logits than the checkpoint"):
         tool.check_files(exported[0], config["architecture"], network_of(tiny_checkpoint, ema=False), data)
 

@@ -243,12 +243,14 @@ def test_training_takes_the_smallest_rung_that_is_large_enough():
         loaders.training_rung(available, 96, 333)
 
 
-def test_validation_takes_a_rung_that_needs_no_enlarging_or_warns():
-    available, warnings = rungs(_256=192, _400=300), []
-    assert loaders.validation_rung(available, 160, 0.875, warn=warnings.append) == 256
-    assert loaders.validation_rung(available, 224, 0.875, warn=warnings.append) == 400
+def test_validation_reads_images_that_it_shrinks_as_training_does_or_warns():
+    available, warnings = rungs(_256=192, _400=300, _500=375), []
+    assert loaders.validation_rung(available, 96, 0.875, warn=warnings.append) == 256
+    # published runs evaluate from 500 px; 300 px would be read as they are, and 267 of 400 px enlarged
+    assert loaders.validation_rung(available, 256, 0.875, warn=warnings.append) == 500
+    assert loaders.validation_rung(available, 224, 224 / 232, warn=warnings.append) == 500
     assert not warnings
-    assert loaders.validation_rung(available, 288, 0.875, warn=warnings.append) == 400
+    assert loaders.validation_rung(available, 352, 0.875, warn=warnings.append) == 500
     assert "enlarges" in warnings[0]
 
 

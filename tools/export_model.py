@@ -56,8 +56,7 @@ def main():
     description = export.architecture(state)
     weights = state["ema"]["model"] if which == "ema" else state["model"]
     network = export.load_network(description, weights)
-    validation = state["config"]["validation"]
-    data = Data(args.data or state["config"]["data"]["dir"], validation)
+    data = Data(args.data or state["config"]["data"]["dir"])
     if len(data.classes) != description["num_classes"]:
         raise RunError(f"{data.folder} has {len(data.classes)} classes, the checkpoint {description['num_classes']}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -114,8 +113,8 @@ def replace(out, folder):
 class Data:
     """The run's .beton files: classes, checksums, stored images. Read without ffcv, whose import takes seconds."""
 
-    def __init__(self, folder, validation):
-        self.folder, self.short_side = folder, validation["headline_resolution"] / validation["crop_ratio"]
+    def __init__(self, folder):
+        self.folder = folder
         self.infos = {split: self._rungs(split) for split in ("train", "val")}
         self.classes = self.infos["val"][0].classes
         if self.classes is None:
@@ -132,9 +131,8 @@ class Data:
         return {Path(info.path).name: info.manifest and info.manifest["beton"]["sha256"] for info in infos}
 
     def images(self, split, count):
-        """Up to `count` images, evenly spaced, of the file that evaluation reads: (RGB picture, label) each."""
-        infos = self.infos[split]
-        info = next((info for info in infos if info.median_short_side >= self.short_side), infos[-1])
+        """Up to `count` images, evenly spaced, of the largest file: (RGB picture, label) each."""
+        info = self.infos[split][-1]
         stored = np.memmap(info.path, np.uint8, mode="r")
         for k in spread(info.num_samples, count):
             data = stored[int(info.data_ptrs[k]) :][: int(info.sizes[k])]
