@@ -317,6 +317,38 @@ def test_the_dockerfile_installs_what_setup_would_and_the_cuda_that_torch_has():
     assert "pip install" not in text  # versions come from requirements.lock by tools/setup.sh alone
 
 
+def test_what_git_ignores_stays_out_of_the_image():
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    kept_out = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    assert {".git", *ignored} <= kept_out
+
+
+def test_scripts_keep_their_line_ends_where_git_writes_crlf(tmp_path):
+    """As Git for Windows does by default; bash in WSL or a container then fails at the first line."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "tools", tree / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".gitattributes", tree)
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=true")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "a"), ("clone", "-q", ".", "../clone")):
+        subprocess.run([*git, *command], cwd=tree, check=True, capture_output=True)
+    assert b"\r" not in (tmp_path / "clone" / "tools" / "setup.sh").read_bytes()
+
+
+def test_sky_yaml_sets_up_with_the_python_that_uv_installed(tmp_path):
+    setup = yaml.safe_load((ROOT / "tools" / "sky.yaml").read_text())["setup"]
+    uv = tmp_path / ".local" / "bin" / "uv"
+    (tmp_path / "tools").mkdir()
+    uv.parent.mkdir(parents=True)
+    uv.write_text('#!/bin/bash\ncase "$*" in\n*install*) ;;\n*find*) echo /found/python ;;\nesac\n')
+    uv.chmod(0o755)
+    (tmp_path / "tools" / "setup.sh").write_text("echo $PYTHON\n")
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["bash", "-c", setup], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "/found/python\n"
+
+
 def test_sky_yaml_fits_skypilots_own_schema_and_uses_keys_that_there_are():
     schema = json.loads((ROOT / "tests" / "data" / "skypilot_schema.json").read_text())
     task = yaml.safe_load((ROOT / "tools" / "sky.yaml").read_text())
