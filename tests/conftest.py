@@ -1,6 +1,7 @@
 """A small image set and its betons, made once for all tests that read some."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from rn50.textures import write_textures
 from tests import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
+# A shell puts programs in the background with Ctrl-C ignored; those that the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
