@@ -1,5 +1,5 @@
 # The training environment for any machine with an NVIDIA driver: docker build -t rn50 . and then
-#   docker run --gpus all --ipc=host -v /data/betons:/betons -v "$PWD/runs:/rn50/runs" rn50 \
+#   docker run --gpus all --ipc=host --stop-timeout=30 -v /data/betons:/betons -v "$PWD/runs:/rn50/runs" rn50 \
 #       python train_imagenet.py --config-file rn50_configs/rn50_16_epochs.yaml --data.dir=/betons
 # Versions are those of requirements.lock, as everywhere; a test compares this file, pyproject.toml and environment.yml.
 # torch brings its own CUDA libraries, so that the base needs the driver's interface alone.

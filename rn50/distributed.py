@@ -12,6 +12,7 @@ import torch.distributed as dist
 from rn50.errors import RunError, UsageError
 
 DEVICE_FILES = Path("/dev")
+WSL_DRIVER = Path("/usr/lib/wsl/lib/libcuda.so.1")  # Windows lends its GPU to WSL 2 without a file in /dev
 # How much longer than the hosts GPUs wait for each other: NCCL ends the process, which could then not say why.
 GPU_PATIENCE = timedelta(seconds=60)
 
@@ -62,6 +63,8 @@ def choose_device(device_name):
     if device_name == "cpu" or torch.cuda.is_available():
         return torch.device("cpu") if device_name == "cpu" else torch.device("cuda", local_rank())
     found = sorted(path.name for path in DEVICE_FILES.glob("nvidia[0-9]*"))
+    if WSL_DRIVER.exists():
+        found.append(str(WSL_DRIVER))
     if found and os.environ.get("CUDA_VISIBLE_DEVICES") != "":
         cause = "it was built without CUDA"
         if torch.version.cuda:

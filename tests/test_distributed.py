@@ -17,6 +17,7 @@ def gpu(monkeypatch, tmp_path):
     def give(seen, file=True, capability=(8, 6)):
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
         monkeypatch.setattr(distributed, "DEVICE_FILES", tmp_path)
+        monkeypatch.setattr(distributed, "WSL_DRIVER", tmp_path / "libcuda.so.1")
         if file:
             (tmp_path / "nvidia0").touch()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: seen)
@@ -51,6 +52,13 @@ def test_a_gpu_whose_driver_is_too_old_is_not_passed_over(gpu, monkeypatch, name
         distributed.choose_device(name)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert distributed.choose_device("auto") == torch.device("cpu")
+
+
+def test_nor_is_one_that_windows_lends_to_wsl(gpu, tmp_path):
+    gpu(seen=False, file=False)
+    (tmp_path / "libcuda.so.1").touch()
+    with pytest.raises(UsageError, match=r"libcuda.so.1\), but torch .* cannot use it: the driver"):
+        distributed.choose_device("auto")
 
 
 # T4, A100, A10G and 3090, L4 and 4090, H100, B200, B300, 5090: what the plan names, and newer

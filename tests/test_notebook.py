@@ -38,6 +38,11 @@ def test_only_two_small_plots_are_committed_and_no_photographs():
         assert len(output["data"]["image/png"]) < 60_000
 
 
+def test_on_colab_pip_takes_the_setuptools_that_pyproject_asks_for():
+    """Colab has 75.2, which does not read pyproject.toml's `license`."""
+    assert "--no-build-isolation" not in PATH.read_text()
+
+
 @pytest.mark.parametrize("folder", ["home", "work", "root"])
 def test_it_names_no_machine(folder):
     assert f"/{folder}/" not in PATH.read_text()

@@ -89,12 +89,14 @@ def test_environment_yml_has_what_compiles_ffcv_and_an_allowed_python():
 
 
 @pytest.mark.parametrize(
-    ("version", "allowed"), [("3.10.14", False), ("3.11.0", True), ("3.12.9", True), ("3.13.0", False)]
+    ("version", "allowed"),
+    [("3.10.14", False), ("3.11.0rc1", False), ("3.11.0", True), ("3.12.9", True), ("3.13.0", False)],
 )
 def test_set_up_takes_the_pythons_that_pyproject_allows(tmp_path, version, allowed):
+    number, _, prerelease = version.partition("rc")
     assert SpecifierSet(PROJECT["requires-python"]).contains(version) == allowed
     fake = tmp_path / "python"
-    numbers = tuple(int(part) for part in version.split("."))
+    numbers = (*(int(part) for part in number.split(".")), "candidate" if prerelease else "final", 0)
     fake.write_text(
         f"#!{sys.executable}\nimport sys\nsys.version_info = {numbers}\nsys.argv = sys.argv[2:]\n"
         "exec(compile(sys.argv[0], 'command', 'exec'))\n"
@@ -177,6 +179,52 @@ def test_set_up_without_root_prints_the_command_to_run():
         "--no-install-recommends build-essential pkg-config libopencv-dev libturbojpeg-dev "
         "python3 python3-dev python3-venv\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("system", "installs"),
+    [
+        ({"python3-venv": "3.11.2-1+b1", "python3.11": "3.11.2-6+deb12u6"}, "python3.11"),  # Debian 12
+        ({"python3-venv": "3.12.3-0ubuntu2.1", "python3.12": "3.12.3-1ubuntu0.13"}, "python3.12"),  # Ubuntu 24.04
+        ({"python3-venv": "3.10.6-1~22.04.1", "python3.11": "3.11.0~rc1-1~22.04"}, None),  # Ubuntu 22.04
+        ({"python3-venv": "3.13.5-1", "python3.13": "3.13.5-2"}, None),  # Debian 13
+    ],
+)
+def test_set_up_takes_pythons_from_apt_that_it_can_use_and_else_installs_nothing(tmp_path, system, installs):
+    """Told to install what does not help, a user without passwordless sudo would be told so for ever."""
+    copy = copy_of_tree(tmp_path / "tree")
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("bash", "cat", "cut", "dirname", "env", "sha256sum"):
+        (tools / tool).symlink_to(shutil.which(tool))
+    (tools / "apt-get").write_text(f'#!/bin/bash\necho "$*" >>"{tmp_path}/apt.log"\n[[ $1 == update ]]\n')
+    known = "".join(f"{name}) echo 'Version: {version}' ;;\n" for name, version in system.items())
+    (tools / "apt-cache").write_text(f'#!/bin/bash\ncase "${{@: -1}}" in\n{known}*) exit 100 ;;\nesac\n')
+    for tool in ("apt-get", "apt-cache"):
+        (tools / tool).chmod(0o755)
+    done = run_script(copy / "tools/setup.sh", PATH=tools)
+    assert done.returncode == 1
+    if installs:
+        assert f" {installs} {installs}-dev {installs}-venv\n" in done.stderr
+    else:
+        assert done.stderr == (
+            "error: no Python 3.11 or 3.12 here, and none by apt; get one with uv (https://docs.astral.sh/uv), then "
+            "repeat this: uv python install 3.12 && PYTHON=$(uv python find --system 3.12) bash tools/setup.sh\n"
+        )
+        assert not (tmp_path / "apt.log").exists()
+
+
+def test_set_up_locks_a_file_that_is_open_for_writing(tmp_path):
+    """On NFS flock becomes a POSIX lock, which as an exclusive one needs that; here the tool takes such a lock."""
+    copy = copy_of_tree(tmp_path / "tree")
+    fake = fake_machine(tmp_path)
+    lock = tmp_path / "bin" / "flock"
+    lock.write_text(f"#!{sys.executable}\nimport fcntl, sys\nfcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX)\n")
+    lock.chmod(0o755)
+    before = (copy / "pyproject.toml").read_bytes()
+    done = run_script(copy / "tools/setup.sh", **fake)
+    assert done.returncode == 0, done.stderr
+    assert (copy / "pyproject.toml").read_bytes() == before
 
 
 def test_set_up_leaves_a_foreign_venv_alone(tmp_path):
@@ -267,6 +315,38 @@ def test_the_dockerfile_installs_what_setup_would_and_the_cuda_that_torch_has():
     assert wanted <= installed
     assert {f"python{version}{part}" for part in ("", "-dev", "-venv")} <= installed
     assert "pip install" not in text  # versions come from requirements.lock by tools/setup.sh alone
+
+
+def test_what_git_ignores_stays_out_of_the_image():
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+    kept_out = {line.removeprefix("**/") for line in (ROOT / ".dockerignore").read_text().splitlines()}
+    assert {".git", *ignored} <= kept_out
+
+
+def test_scripts_keep_their_line_ends_where_git_writes_crlf(tmp_path):
+    """As Git for Windows does by default; bash in WSL or a container then fails at the first line."""
+    tree = tmp_path / "tree"
+    shutil.copytree(ROOT / "tools", tree / "tools", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".gitattributes", tree)
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=true")
+    for command in (("init", "-q"), ("add", "."), ("commit", "-qm", "a"), ("clone", "-q", ".", "../clone")):
+        subprocess.run([*git, *command], cwd=tree, check=True, capture_output=True)
+    assert b"\r" not in (tmp_path / "clone" / "tools" / "setup.sh").read_bytes()
+
+
+def test_sky_yaml_sets_up_with_the_python_that_uv_installed(tmp_path):
+    setup = yaml.safe_load((ROOT / "tools" / "sky.yaml").read_text())["setup"]
+    uv = tmp_path / ".local" / "bin" / "uv"
+    (tmp_path / "tools").mkdir()
+    uv.parent.mkdir(parents=True)
+    uv.write_text('#!/bin/bash\ncase "$*" in\n*install*) ;;\n*find*) echo /found/python ;;\nesac\n')
+    uv.chmod(0o755)
+    (tmp_path / "tools" / "setup.sh").write_text("echo $PYTHON\n")
+    environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run(
+        ["bash", "-c", setup], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "/found/python\n"
 
 
 def test_sky_yaml_fits_skypilots_own_schema_and_uses_keys_that_there_are():

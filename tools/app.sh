@@ -17,8 +17,10 @@ if [[ $1 != --install && ! -f $1/config.json ]]; then
 fi
 
 wanted="$root $(sha256sum <"$root/app/requirements.txt" | cut -c1-64)"
-exec 9<"$root/app/requirements.txt"
-if command -v flock >/dev/null; then flock 9; fi
+if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
+    exec 9<>"$root/app/requirements.txt" # for writing: else NFS does not lock it
+    if command -v flock >/dev/null; then flock 9; fi
+fi
 if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
     if [[ ! -x $root/.venv/bin/python ]]; then
         echo "error: no .venv here; run: bash tools/setup.sh" >&2
@@ -29,7 +31,7 @@ if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
     "$root/.venv-app/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/app/requirements.txt"
     printf '%s\n' "$wanted" >"$stamp"
 fi
-exec 9<&-
+exec 9>&-
 if [[ $1 != --install ]]; then
     MODEL_DIR=$(cd "$1" && pwd) exec "$root/.venv-app/bin/python" "$root/app/app.py"
 fi

@@ -998,7 +998,7 @@ def arguments(argv):
     for name in ("doctor", "launch"):
         made[name].add_argument("--instance", default="g5.2xlarge", help="instance type")
         made[name].add_argument("--spot", action="store_true", help="cheaper, and may be taken away")
-    made["launch"].add_argument("--config", required=True, help="rn50_configs/….yaml, as committed")
+    made["launch"].add_argument("--config", required=True, help="rn50_configs/NAME.yaml, as committed")
     made["launch"].add_argument(
         "--budget", type=positive, required=True, help="dollars for instances over the whole run"
     )

@@ -13,8 +13,12 @@ fail() {
     exit 1
 }
 
-usable() { # prints the version of a Python that runs and is 3.11 or 3.12, or fails
-    "$1" -c 'import sys; v = sys.version_info; v[:2] in ((3, 11), (3, 12)) or sys.exit(1); print("%d.%d.%d" % v[:3])' 2>/dev/null
+no_python="no Python 3.11 or 3.12 here, and none by apt; get one with uv (https://docs.astral.sh/uv), then repeat this: \
+uv python install 3.12 && PYTHON=\$(uv python find --system 3.12) bash tools/setup.sh"
+
+usable() { # prints the version of a Python that runs and is a final 3.11 or 3.12, or fails
+    "$1" -c 'import sys; v = sys.version_info
+v[:2] in ((3, 11), (3, 12)) and v[3] == "final" or sys.exit(1); print("%d.%d.%d" % v[:3])' 2>/dev/null
 }
 
 find_python() { # 3.11 first: it is what most runs were made with
@@ -48,13 +52,15 @@ up_to_date() {
     [[ $(<"$stamp") == "$(fingerprint "$version")" ]]
 }
 
-# Sets `missing` to what compiling ffcv and loading OpenCV needs and is not here, as apt package names.
+# Sets `missing` to what compiling ffcv and loading OpenCV needs and is not here, as apt package names. Ends the set-up
+# where apt has no Python for it either.
 find_missing() {
+    if [[ -z $python && -z $(apt_python) ]]; then fail "$no_python"; fi
     mapfile -t missing < <(missing_packages)
 }
 
 missing_packages() {
-    local version
+    local name version
     command -v g++ >/dev/null || echo build-essential
     command -v pkg-config >/dev/null || echo pkg-config
     pkg-config --exists opencv4 2>/dev/null || echo libopencv-dev
@@ -62,19 +68,30 @@ missing_packages() {
         if apt-cache show libturbojpeg0-dev >/dev/null 2>&1; then echo libturbojpeg0-dev; else echo libturbojpeg-dev; fi
     fi
     if [[ -z $python ]]; then
-        for version in 3.11 3.12; do
-            if apt-cache show "python$version" >/dev/null 2>&1; then
-                printf '%s\n' "python$version" "python$version-dev" "python$version-venv"
-                return
-            fi
-        done
-        printf '%s\n' python3 python3-dev python3-venv
+        name=$(apt_python)
+        printf '%s\n' "$name" "$name-dev" "$name-venv"
         return
     fi
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     "$python" -c 'import ensurepip, venv' 2>/dev/null || echo "python$version-venv"
     "$python" -c 'import os, sysconfig; os.stat(sysconfig.get_path("include") + "/Python.h")' 2>/dev/null ||
         echo "python$version-dev"
+}
+
+# Prints the package of a Python that apt could install and is usable; python3 while apt has no lists to look it up in.
+apt_python() {
+    local version
+    if ! apt-cache show python3-venv >/dev/null 2>&1; then
+        echo python3
+        return
+    fi
+    for version in 3.11 3.12; do
+        # Ubuntu 22.04 has 3.11.0~rc1 alone, in which torch.jit crashes.
+        if [[ $(apt-cache show --no-all-versions "python$version" 2>/dev/null) =~ Version:\ [0-9.]+[^0-9.~] ]]; then
+            echo "python$version"
+            return
+        fi
+    done
 }
 
 install_packages() {
@@ -105,7 +122,8 @@ if up_to_date; then
     exit 0
 fi
 # Two set-ups at once would write into one .venv.
-exec 9<pyproject.toml
+# NFS locks only what is open for writing.
+if [[ -w pyproject.toml ]]; then exec 9<>pyproject.toml; else exec 9<pyproject.toml; fi
 if command -v flock >/dev/null; then flock 9; fi
 if up_to_date; then
     exit 0
@@ -122,7 +140,7 @@ if ((${#missing[@]})); then
     python=$(find_python)
     find_missing
 fi
-[[ -n $python ]] || fail "no Python 3.11 or 3.12 found; install one, or name it: PYTHON=/path/to/python bash tools/setup.sh"
+[[ -n $python ]] || fail "$no_python"
 ((${#missing[@]} == 0)) || fail "still missing after installing: ${missing[*]}"
 compiles || fail "a test program with OpenCV and libjpeg-turbo does not compile (see above); reinstall libopencv-dev and libturbojpeg0-dev"
 version=$(usable "$python")
