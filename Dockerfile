@@ -11,7 +11,7 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/*
 WORKDIR /rn50
 COPY . .
-RUN PYTHON=python3.12 bash tools/setup.sh && rm -rf /root/.cache
+RUN PYTHON=python3.12 bash tools/setup.sh && rm -rf ~/.cache
 ENV PATH=/rn50/.venv/bin:$PATH
 # inside a container the instance's metadata is one network hop further away: launch with a hop limit of 2
 CMD ["python", "train_imagenet.py", "--help"]

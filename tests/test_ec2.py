@@ -664,6 +664,14 @@ def test_a_launch_that_died_before_it_noted_its_instance_is_not_asked_for_again(
     assert only_instance(cloud_account)["ClientToken"] != first["ClientToken"]
 
 
+def test_clean_waits_for_the_network_interfaces_of_the_last_instance(cloud_account, monkeypatch):
+    launch(cloud_account)
+    broken(monkeypatch, "ec2", "delete_security_group", "DependencyViolation", times=2)
+    ec2.main(["clean", "--bucket", BUCKET, "--yes"])
+    named = [{"Name": "tag:project", "Values": ["rn50"]}]
+    assert cloud_account.ec2.describe_security_groups(Filters=named)["SecurityGroups"] == []
+
+
 def test_clean_lists_first_and_removes_everything_that_is_tagged(cloud_account, capsys, monkeypatch):
     launch(cloud_account)
     zone = "us-east-1a"

@@ -18,6 +18,7 @@ import shlex
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -540,25 +541,27 @@ def instance_profile(aws):
         iam.create_role(RoleName=name, AssumeRolePolicyDocument=trust, Tags=tags(TAG))
         aws.note(f"role {name}")
     document = policy("instance", aws.bucket)
-    once_known(iam, iam.put_role_policy, RoleName=name, PolicyName="rn50", PolicyDocument=document)
+    once_ready(iam.put_role_policy, "NoSuchEntity", RoleName=name, PolicyName="rn50", PolicyDocument=document)
     try:
         profile = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]
     except iam.exceptions.NoSuchEntityException:
         profile = iam.create_instance_profile(InstanceProfileName=name, Tags=tags(TAG))["InstanceProfile"]
         aws.note(f"instance profile {name}")
     if not profile["Roles"]:
-        once_known(iam, iam.add_role_to_instance_profile, InstanceProfileName=name, RoleName=name)
+        once_ready(iam.add_role_to_instance_profile, "NoSuchEntity", InstanceProfileName=name, RoleName=name)
     return name
 
 
-def once_known(iam, call, **options):
-    """Repeat the call while IAM does not know what it has just made."""
+def once_ready(call, code, **options):
+    """Repeat the call while AWS refuses it with `code`: what was just made or ended is not so everywhere at once."""
+    from botocore.exceptions import ClientError
+
     give_up = time.monotonic() + PROFILE_PATIENCE
     while True:
         try:
             return call(**options)
-        except iam.exceptions.NoSuchEntityException:
-            if time.monotonic() > give_up:
+        except ClientError as error:
+            if error.response["Error"]["Code"] != code or time.monotonic() > give_up:
                 raise
         time.sleep(POLL_SECONDS)
 
@@ -917,8 +920,9 @@ def find_everything(aws, data):
         name = volume["VolumeId"]
         things.append((f"volume {name}", lambda name=name: ec2.delete_volume(VolumeId=name)))
     for group in ec2.describe_security_groups(Filters=ours)["SecurityGroups"]:
-        name = group["GroupId"]
-        things.append((f"security group {name}", lambda name=name: delete_group(ec2, name)))
+        # it cannot go before the network interfaces of its last instance have
+        delete = partial(once_ready, ec2.delete_security_group, "DependencyViolation", GroupId=group["GroupId"])
+        things.append((f"security group {group['GroupId']}", delete))
     role = role_name(aws.bucket)
     with contextlib.suppress(iam.exceptions.NoSuchEntityException):
         profile = iam.get_instance_profile(InstanceProfileName=role)["InstanceProfile"]
@@ -945,19 +949,6 @@ def find_everything(aws, data):
 
         things += [(text, delete_objects)] if found else []
     return things
-
-
-def delete_group(ec2, name):
-    """A group cannot go before the network interfaces of its last instance have."""
-    give_up = time.monotonic() + PROFILE_PATIENCE
-    while True:
-        try:
-            ec2.delete_security_group(GroupId=name)
-            return
-        except ec2.exceptions.ClientError as error:
-            if error.response["Error"]["Code"] != "DependencyViolation" or time.monotonic() > give_up:
-                raise
-        time.sleep(POLL_SECONDS)
 
 
 def delete_profile(iam, name, roles):
