@@ -1,4 +1,4 @@
-"""The C source of the fast path, compiled twice on x86-64; rn50/native.py takes the one that the processor can run."""
+"""The C source of the fast path, compiled twice on x86-64: rn50/data/native.py takes the one that runs here."""
 
 import platform
 
@@ -21,9 +21,9 @@ if platform.machine() != "x86_64":
 setup(
     ext_modules=[
         Extension(
-            f"rn50.{name}",
-            ["rn50/csrc/decode.c"],
-            depends=["rn50/csrc/decode.h"],
+            f"rn50.data.{name}",
+            ["rn50/data/csrc/decode.c"],
+            depends=["rn50/data/csrc/decode.h"],
             extra_compile_args=FLAGS + flags,
             libraries=["m", "pthread"],
         )

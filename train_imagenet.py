@@ -8,7 +8,7 @@ Repeating a command continues the run at the step where its last checkpoint is. 
 """
 
 if __name__ == "__main__":
-    from rn50 import interruption
+    from rn50.training import interruption
 
     interruption.catch_signals()  # importing torch takes seconds, in which a signal should not be lost
 
@@ -26,22 +26,27 @@ import torch
 from fastargs import Param, Section
 from torch.nn.parallel import DistributedDataParallel
 
-from rn50 import budget, checkpoint, config, distributed, errors, interruption, loaders, schedules
+from rn50 import config, schedules
 from rn50.augment import color_jitter, jitter_factors, normalize
-from rn50.beton import fingerprint, refuse_others
+from rn50.command import run
 from rn50.config import choice, either, number, numbers, switch, text, whole
+from rn50.data import loaders
+from rn50.data.beton import fingerprint, refuse_others
+from rn50.data.order import evaluation_share, rank_positions, steps_per_epoch
 from rn50.ema import EMA
 from rn50.errors import RunError, Stopped, UsageError
 from rn50.evaluate import evaluate, report_lines
-from rn50.forecast import forecast, label_warnings
 from rn50.losses import binary_cross_entropy, cross_entropy
-from rn50.mirror import Mirror
+from rn50.machine import cores, memory_bytes
 from rn50.model import ARCHITECTURES, build_model
 from rn50.optimizer import FiniteSteps, build_optimizer, set_learning_rate
-from rn50.order import evaluation_share, rank_positions, steps_per_epoch
+from rn50.planning import budget
+from rn50.planning.forecast import forecast, label_warnings
 from rn50.precision import autocast_dtype, dtype_name
-from rn50.progress import Bar, Progress, Stopwatch, Waiting
-from rn50.run_log import RunLog, describe_environment, make_folder, recorded
+from rn50.training import checkpoint, distributed, interruption
+from rn50.training.mirror import Mirror
+from rn50.training.progress import Bar, Progress, Stopwatch, Waiting
+from rn50.training.run_folder import RunLog, describe_environment, make_folder, recorded
 
 Section("model", "Network").params(
     arch=Param(choice(*ARCHITECTURES), "torchvision architecture", default="resnet50"),
@@ -114,7 +119,7 @@ Section("logging", "Run folder").params(
 Section("budget", "Money").params(
     max_dollars=Param(number(0), "the run writes a checkpoint and stops before it has cost more"),
     dollars_per_hour=Param(number(0), "price of one machine"),
-    instance=Param(text(), "in place of dollars_per_hour: an EC2 type of rn50/data/costs.csv"),
+    instance=Param(text(), "in place of dollars_per_hour: an EC2 type of rn50/planning/costs.csv"),
     spot=Param(switch(), "instance at the highest spot price seen, not on demand", default=False),
     allow_overrun=Param(switch(), "begin also a schedule that is projected to cost more", default=False),
 )
@@ -287,7 +292,7 @@ def open_data(cfg, device):
     """The ladders of the training and the validation split."""
     common = {
         "device": device,
-        "workers": cfg.data.workers or max(1, distributed.cores() // distributed.ranks_on_this_node()),
+        "workers": cfg.data.workers or max(1, cores() // distributed.ranks_on_this_node()),
         "timeout": 60 * cfg.data.timeout_minutes,
     }
     training, validation = cfg.training, cfg.validation
@@ -590,8 +595,8 @@ def guard_money(run):
             gpu_name=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else None,
             gpus=run.world_size,
             machines=machines,
-            vcpus=distributed.cores(),
-            memory_gib=loaders.memory_bytes() / 2**30,
+            vcpus=cores(),
+            memory_gib=memory_bytes() / 2**30,
         )
         if unknown:
             run.say(unknown)
@@ -760,4 +765,4 @@ def announce(run):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

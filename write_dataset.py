@@ -1,10 +1,10 @@
 """Images -> one or more .beton files: python write_dataset.py --source.dir=TREE --out.dir=DIR
 
-TREE holds folders (train/<class>/<image>), or ImageNet as it comes: the tars of its site, Kaggle's download, or
-Hugging Face's parquet files (rn50/imagenet.py). Its splits train and val become DIR/train_400.beton, DIR/val_400.beton
-and so on, one file for each maximum side length in out.resolutions, with a manifest (.json) beside each. Each image is
-read and decoded once for the whole ladder. The files depend on the images and the settings alone, not on the form of
-the source, the number of workers or interruptions: run the same command again to continue.
+TREE holds folders (train/<class>/<image>), or ImageNet as it comes: the tars of its site, Kaggle's download, or Hugging
+Face's parquet files (rn50/data/imagenet.py). Its splits train and val become DIR/train_400.beton, DIR/val_400.beton and
+so on, one file for each maximum side length in out.resolutions, with a manifest (.json) beside each. Each image is read
+and decoded once for the whole ladder. The files depend on the images and the settings alone, not on the form of the
+source, the number of workers or interruptions: run the same command again to continue.
 """
 
 import hashlib
@@ -25,10 +25,12 @@ import numpy as np
 from fastargs import Param, Section
 from tqdm import tqdm
 
-from rn50 import beton, config
-from rn50.errors import RunError, UsageError, run
-from rn50.imagenet import check_counts, odd_images
-from rn50.sources import decode_image, open_source, split_classes
+from rn50 import config
+from rn50.command import run
+from rn50.data import beton
+from rn50.data.imagenet import check_counts, odd_images
+from rn50.data.sources import decode_image, open_source, split_classes
+from rn50.errors import RunError, UsageError
 
 Section("source", "the images").params(
     dir=Param(

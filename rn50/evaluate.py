@@ -2,10 +2,10 @@
 
 import torch
 
-from rn50 import distributed
 from rn50.augment import normalize
 from rn50.losses import cross_entropy
 from rn50.metrics import correct_in_top, renamed_classes, wilson_interval
+from rn50.training import distributed
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rn50.textures import write_textures
+from rn50.data.textures import write_textures
 from tests import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ def pytest_sessionfinish(session, exitstatus):
 
 @pytest.hookimpl(trylast=True)
 def pytest_unconfigure(config):
-    """End without the interpreter's clean-up: numba's threads have been seen to hang it for ever, as in errors.run."""
+    """End without the interpreter's clean-up: numba's threads have been seen to hang it for ever, as in command.run."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(getattr(config, "exit_status", pytest.ExitCode.INTERNAL_ERROR))

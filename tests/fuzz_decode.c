@@ -3,7 +3,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "../rn50/csrc/decode.h"
+#include "../rn50/data/csrc/decode.h"
 
 static uint32_t state = 1;
 static uint32_t below(uint32_t limit) {

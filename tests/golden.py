@@ -135,8 +135,7 @@ def machine():
 
 def textures(tree):
     """Ten classes, 20 training and 11 validation images each."""
-    module = "rn50.data.textures" if (ROOT / "rn50/data/textures.py").exists() else "rn50.textures"
-    command = [sys.executable, "-m", module, tree, "--train-per-class", "20", "--val-per-class", "11"]
+    command = [sys.executable, "-m", "rn50.data.textures", tree, "--train-per-class", "20", "--val-per-class", "11"]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
 
 

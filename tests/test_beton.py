@@ -1,4 +1,4 @@
-"""rn50/beton.py: stock FFCV reads our files, interruptions leave no trace in them, and damage is named."""
+"""rn50/data/beton.py: stock FFCV reads our files, interruptions leave no trace in them, and damage is named."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 
-from rn50 import beton
+from rn50.data import beton
 from rn50.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.libffcv import imdecode
 from ffcv.loader import Loader, OrderOption
 from ffcv.reader import Reader
-from rn50 import beton
+from rn50.data import beton
 
 def main(constant, varied, stock, out):
     assert beton.HEADER == types.HeaderType and beton.FIELD == types.FieldDescType

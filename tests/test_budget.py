@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from rn50 import budget, costs
 from rn50.errors import UsageError
-from rn50.progress import Progress
-from rn50.run_log import read_rows
+from rn50.files import read_rows
+from rn50.planning import budget, costs
+from rn50.training.progress import Progress
 from tests.conftest import ROOT
 from tests.test_train_imagenet import TORCHRUN, assert_refused, command, run
 

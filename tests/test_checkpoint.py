@@ -12,13 +12,13 @@ import time
 import pytest
 import torch
 
-from rn50 import checkpoint, interruption
 from rn50.errors import RunError, Stopped
+from rn50.training import checkpoint, interruption
 from tools import benchmark_checkpoint
 
 WRITER = """
 import sys, torch
-from rn50 import checkpoint
+from rn50.training import checkpoint
 folder = sys.argv[1]
 print("ready", flush=True)
 for number in range(10**6):

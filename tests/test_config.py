@@ -10,7 +10,8 @@ import pytest
 PROGRAM = """
 import sys
 from fastargs import Param, Section
-from rn50 import config, errors
+from rn50 import config
+from rn50.command import run
 from rn50.config import choice, either, number, numbers, switch, text, whole
 
 Section("a", "A").params(
@@ -22,7 +23,7 @@ Section("a", "A").params(
     rung=Param(either("auto", whole(1)), "rung", default="auto"),
     name=Param(text(), "optional"),
 )
-errors.run(lambda: print(config.to_dict(config.load("test"))))
+run(lambda: print(config.to_dict(config.load("test"))))
 """
 
 

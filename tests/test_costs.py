@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from rn50 import costs
+from rn50.planning import costs
 from tests.conftest import ROOT
 
 TABLE = costs.read_table()

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from rn50 import decode, native
-from rn50.beton import JPG, RAW, BetonInfo
+from rn50.data import decode, native
+from rn50.data.beton import JPG, RAW, BetonInfo
 from rn50.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -349,7 +349,7 @@ def test_fuzzing_under_sanitizers(tmp_path):
     seeds += [encode(rgb[:, :, 0]), encode(rgb, quality=100), encode(rgb, cv2.IMWRITE_JPEG_OPTIMIZE, 1)]
     for k, jpeg in enumerate(seeds):
         (tmp_path / f"{k}.jpg").write_bytes(with_table(jpeg, 2))
-    sources = [ROOT / "tests" / "fuzz_decode.c", ROOT / "rn50" / "csrc" / "decode.c"]
+    sources = [ROOT / "tests" / "fuzz_decode.c", ROOT / "rn50" / "data" / "csrc" / "decode.c"]
     warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
     sanitizers = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     command = ["gcc", "-std=gnu11", "-O1", "-g", *warnings, *sanitizers, *sources, "-o", tmp_path / "fuzz"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rn50.run_log import read_rows
+from rn50.files import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 

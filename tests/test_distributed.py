@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rn50 import distributed
 from rn50.errors import UsageError
+from rn50.training import distributed
 
 
 @pytest.fixture

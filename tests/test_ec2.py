@@ -29,9 +29,10 @@ import torch
 from botocore.exceptions import ClientError
 from botocore.stub import Stubber
 
-from rn50 import checkpoint, cloud
+from rn50.cloud import store as cloud
 from rn50.errors import RunError, UsageError
-from rn50.mirror import Mirror
+from rn50.training import checkpoint
+from rn50.training.mirror import Mirror
 from tests.services import Metadata, MotoS3
 from tools import ec2, ec2_supervise
 
@@ -1134,7 +1135,7 @@ class Machine:
         self.folder, self.metadata = folder, metadata
         metadata.instance_id = instance_id
         tree, tools = folder / "opt" / "rn50", folder / "shims"
-        for place in (tree / ".venv" / "bin", tree / "rn50", tools):
+        for place in (tree / ".venv" / "bin", tree / "rn50/data", tools):
             place.mkdir(parents=True)
         for name, text in (
             ("systemctl", SYSTEMCTL),
@@ -1146,9 +1147,15 @@ class Machine:
         # tools/setup.sh finds that there is nothing to install: these packages, for these inputs
         (tree / ".venv" / "bin" / "python").write_text(f'#!/bin/bash\nexec {sys.executable} "$@"\n')
         (tree / ".venv" / "bin" / "python").chmod(0o755)
-        for built in (ROOT / "rn50").glob("_decode*.so"):
-            shutil.copy(built, tree / "rn50")
-        names = ("pyproject.toml", "requirements.lock", "setup.py", "rn50/csrc/decode.c", "rn50/csrc/decode.h")
+        for built in (ROOT / "rn50/data").glob("_decode*.so"):
+            shutil.copy(built, tree / "rn50/data")
+        names = (
+            "pyproject.toml",
+            "requirements.lock",
+            "setup.py",
+            "rn50/data/csrc/decode.c",
+            "rn50/data/csrc/decode.h",
+        )
         digest = hashlib.sha256(b"".join((ROOT / name).read_bytes() for name in names)).hexdigest()
         version = ".".join(map(str, sys.version_info[:3]))
         (tree / ".venv" / "rn50-setup-done").write_text(f"{tree} {version} {digest}\n")

@@ -13,9 +13,10 @@ import torch
 import yaml
 from PIL import Image
 
-from rn50 import checkpoint, export
+from rn50.data.sources import IMAGENETTE_NAMES
 from rn50.errors import RunError
-from rn50.sources import IMAGENETTE_NAMES
+from rn50.publishing import export
+from rn50.training import checkpoint
 from tests import tiny_model
 from tests.conftest import ROOT
 from tools import export_model
@@ -231,9 +232,9 @@ def test_refusals(arguments, status, message, tiny_checkpoint, tmp_path, monkeyp
     monkeypatch.chdir(ROOT)
     base = ["tool", "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", [*base, *arguments])
-    monkeypatch.setattr(os, "_exit", sys.exit)  # errors.run would end the tests, too
+    monkeypatch.setattr(os, "_exit", sys.exit)  # command.run would end the tests, too
     with pytest.raises(SystemExit) as leaving:
-        tool.errors.run(tool.main)
+        tool.run(tool.main)
     printed = capsys.readouterr().err
     assert leaving.value.code == status
     assert printed.startswith(message)
@@ -252,9 +253,9 @@ def test_labels_of_other_betons_are_refused(tiny_checkpoint, betons, tmp_path, m
         path.write_text(json.dumps(manifest))
     base = ["tool", "--checkpoint", str(tiny_checkpoint), "--out", str(tmp_path / "out"), "--data", str(other)]
     monkeypatch.setattr(sys, "argv", base)
-    monkeypatch.setattr(os, "_exit", sys.exit)  # errors.run would end the tests, too
+    monkeypatch.setattr(os, "_exit", sys.exit)  # command.run would end the tests, too
     with pytest.raises(SystemExit):
-        tool.errors.run(tool.main)
+        tool.run(tool.main)
     assert "has 11 classes, the checkpoint 10" in capsys.readouterr().err
 
 

@@ -7,9 +7,9 @@ from statistics import fmean
 import pytest
 import torch
 
-from rn50 import forecast
-from rn50.forecast import CLASSES
 from rn50.losses import binary_cross_entropy
+from rn50.planning import forecast
+from rn50.planning.forecast import CLASSES
 from tests.conftest import ROOT
 from tools import forecast_check
 from tools.forecast_check import TROUBLES, alarm_rates, as_logged, config_of, held_out_errors, interpolated, published

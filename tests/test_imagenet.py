@@ -1,4 +1,4 @@
-"""rn50/imagenet.py: the four forms in which ImageNet comes give the same .beton files, and damage is one line."""
+"""rn50/data/imagenet.py: the four forms in which ImageNet comes give the same .beton files, and damage is one line."""
 
 import csv
 import hashlib
@@ -20,9 +20,9 @@ from pyarrow import parquet
 from scipy.io import savemat
 
 import write_dataset
-from rn50 import beton, imagenet, sources
+from rn50.data import beton, imagenet, sources
+from rn50.data.sources import IMAGENETTE_NAMES, open_source
 from rn50.errors import RunError
-from rn50.sources import IMAGENETTE_NAMES, open_source
 from tests.test_write_dataset import contents, convert
 
 # Label order is that of the wnids; ids follow the devkit's own order, and other synsets lie between them.

@@ -10,12 +10,14 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from rn50 import interruption
+from rn50.training import interruption
 from tests.services import Metadata
 
 PROGRAM = """
 import ctypes, sys, time
-from rn50 import errors, interruption
+from rn50 import errors
+from rn50.command import run
+from rn50.training import interruption
 
 interruption.STOP_SECONDS, interruption.SAME_SIGNAL_SECONDS, interruption.POLL_SECONDS = {stop}, {same}, 0.1
 interruption.SELDOM_SECONDS = 0.3
@@ -29,7 +31,7 @@ def main():
     print("reason:", interruption.reason(), flush=True)
     raise errors.Stopped(interruption.reason())
 
-errors.run(main)
+run(main)
 """
 HEED = "while interruption.reason() is None: time.sleep(0.01)"
 # in C code that never returns, and keeps the main thread from running any signal handler

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from rn50 import loaders
+from rn50.data import loaders
 from rn50.errors import RunError
 
 CPU = torch.device("cpu")
@@ -177,7 +177,7 @@ def test_leaving_early_joins_the_thread(loader):
 GROWTH = """
 import os, sys, threading
 import numpy as np, torch
-from rn50 import loaders
+from rn50.data import loaders
 info = loaders.find_rungs(sys.argv[1], "train")[96]
 loader = loaders.training_loader(info, batch_size=32, crop_scale=[0.35, 1], seed=0, device=torch.device("cpu"),
                                  workers=2, timeout=300)

@@ -7,9 +7,9 @@ import boto3
 import pytest
 import torch
 
-from rn50 import checkpoint, mirror
 from rn50.errors import RunError, UsageError
-from rn50.mirror import Mirror
+from rn50.training import checkpoint, mirror
+from rn50.training.mirror import Mirror
 from tests.services import MotoS3
 
 

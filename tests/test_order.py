@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from rn50.order import evaluation_share, page_aware_order, random_order, rank_positions, steps_per_epoch
+from rn50.data.order import evaluation_share, page_aware_order, random_order, rank_positions, steps_per_epoch
 
 
 def test_random_order_is_a_permutation_that_depends_on_seed_and_epoch_alone():

@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RUNTIME = [Requirement(line) for line in PROJECT["dependencies"]]
 TEST = [Requirement(line) for line in PROJECT["optional-dependencies"]["test"]]
-SETUP_INPUTS = ("pyproject.toml", "requirements.lock", "setup.py", "rn50/csrc/decode.c", "rn50/csrc/decode.h")
+SETUP_INPUTS = ("pyproject.toml", "requirements.lock", "setup.py", "rn50/data/csrc/decode.c", "rn50/data/csrc/decode.h")
 CONDA_NAMES = {"torch": "pytorch", "opencv-python": "opencv"}
 
 
@@ -133,7 +133,7 @@ def test_set_up_installs_once_and_again_when_its_inputs_change(tmp_path):
         run_script(copy / "tools/setup.sh", **fake)
         assert len(installs(tmp_path)) == before + len(first)
     before = len(installs(tmp_path))
-    (copy / "rn50" / "_decode.built.so").unlink()
+    (copy / "rn50" / "data" / "_decode.built.so").unlink()
     run_script(copy / "tools/setup.sh", **fake)
     assert len(installs(tmp_path)) == before + len(first)
     assert (copy / ".venv" / "kept").exists()
@@ -253,10 +253,10 @@ def test_scripts_are_executable_and_stop_at_the_first_failure():
 def copy_of_tree(folder, finished_for=None):
     """What set-up reads, in a new folder; with `finished_for`, a .venv as if set-up had ended for that version."""
     (folder / "tools").mkdir(parents=True)
-    (folder / "rn50" / "csrc").mkdir(parents=True)
+    (folder / "rn50" / "data" / "csrc").mkdir(parents=True)
     for name in (*SETUP_INPUTS, "tools/setup.sh", "tools/demo.sh"):
         shutil.copy(ROOT / name, folder / name)
-    (folder / "rn50" / "_decode.built.so").touch()
+    (folder / "rn50" / "data" / "_decode.built.so").touch()
     if finished_for:
         (folder / ".venv" / "bin").mkdir(parents=True)
         (folder / ".venv" / "bin" / "python").symlink_to(sys.executable)

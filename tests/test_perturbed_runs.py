@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from rn50.errors import RunError
-from rn50.run_log import read_rows
+from rn50.files import read_rows
 from tests.conftest import ROOT
 from tools import perturbed_runs
 

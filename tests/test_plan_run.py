@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rn50 import costs
+from rn50.data.loaders import find_rungs
 from rn50.errors import RunError, UsageError
-from rn50.loaders import find_rungs
+from rn50.planning import costs
 from tests.conftest import ROOT
 from tests.test_train_imagenet import load
 from tools import plan_run, preflight

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from rn50 import plots
+from rn50.planning import plots
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOL = ROOT / "tools" / "plot_log.py"

@@ -4,7 +4,7 @@ import time
 
 import torch
 
-from rn50.progress import Waiting
+from rn50.training.progress import Waiting
 
 
 def test_on_a_cpu_it_is_the_time_of_the_call():

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from rn50.errors import RunError, UsageError
-from rn50.run_log import read_rows
+from rn50.files import read_rows
 from tests.conftest import ROOT
 from tests.test_decode_tools import run
 from tests.test_train_imagenet import load

@@ -271,7 +271,7 @@ def clone(tmp_path_factory):
     """The committed files in a folder of their own, with .venv and .venv-app as the set-up leaves them."""
     folder = tmp_path_factory.mktemp("newcomer") / "clone"
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    built = [path.relative_to(ROOT) for path in (ROOT / "rn50").glob("_decode*.so")]
+    built = [path.relative_to(ROOT) for path in (ROOT / "rn50/data").glob("_decode*.so")]
     for name in [*filter(None, listed.split("\0")), *built]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, folder / name)
@@ -339,7 +339,13 @@ def test_the_demo_starts_what_it_should_and_checks_the_accuracy(clone, tmp_path,
     assert said.startswith("set-up\n")
     assert f"top-1 {top1:.2f} %" in said
     noted = [shlex.split(line) for line in (tmp_path / "log").read_text().splitlines()]
-    names = ["rn50.textures", "write_dataset.py", "train_imagenet.py", "tools/plot_log.py", "tools/export_model.py"]
+    names = [
+        "rn50.data.textures",
+        "write_dataset.py",
+        "train_imagenet.py",
+        "tools/plot_log.py",
+        "tools/export_model.py",
+    ]
     for words, name in zip(noted, names, strict=False):
         assert name in words[:2]
         understand([".venv/bin/python", *words], monkeypatch)

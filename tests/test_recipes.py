@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import train_imagenet
+from rn50.data.order import steps_per_epoch
 from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.model import build_model
 from rn50.optimizer import build_optimizer, parameter_groups, set_learning_rate
-from rn50.order import steps_per_epoch
 from tests.conftest import ROOT
 from tests.test_train_imagenet import load
 
@@ -30,7 +30,7 @@ def recipe(name):
 
 def ffcv_log(epochs):
     """The rows of one published run, in order."""
-    with open(ROOT / "rn50" / "data" / "ffcv_curves.csv", encoding="utf-8") as file:
+    with open(ROOT / "rn50" / "planning" / "ffcv_curves.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(line for line in file if not line.startswith("#")))
     rows = [{key: float(value) for key, value in row.items()} for row in rows if int(row["epochs"]) == epochs]
     assert [row["epoch"] for row in rows] == list(range(epochs))

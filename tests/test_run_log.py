@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from rn50.distributed import LostContact
 from rn50.errors import RunError, Stopped
-from rn50.run_log import RunLog, read_rows, recorded, write_atomically
+from rn50.files import read_rows, write_atomically
+from rn50.training.distributed import LostContact
+from rn50.training.run_folder import RunLog, recorded
 
 
 def open_log(folder, rows=(), warn=pytest.fail):

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from rn50 import checkpoint, distributed, evaluate, interruption, loaders, losses, progress
-from rn50.run_log import read_rows
+from rn50 import evaluate, losses
+from rn50.data import loaders
+from rn50.files import read_rows
+from rn50.training import checkpoint, distributed, interruption, progress
 from tests.commands import Command
 from tests.conftest import ROOT
 from tests.services import Metadata

@@ -1,4 +1,4 @@
-"""rn50/textures.py: the same files every time, classes that differ in structure and not in colour."""
+"""rn50/data/textures.py: the same files every time, classes that differ in structure and not in colour."""
 
 import os
 import subprocess
@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from rn50 import errors, textures
+from rn50 import errors
+from rn50.data import textures
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN, VAL = 60, 30

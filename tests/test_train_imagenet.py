@@ -19,11 +19,13 @@ from fastargs import get_current_config
 from torch import nn
 
 import train_imagenet
-from rn50 import checkpoint, config, export
+from rn50 import config
 from rn50.augment import normalize
 from rn50.errors import RunError, UsageError
-from rn50.progress import Progress
-from rn50.run_log import read_rows
+from rn50.files import read_rows
+from rn50.publishing import export
+from rn50.training import checkpoint
+from rn50.training.progress import Progress
 from tests import tiny_model
 from tests.conftest import ROOT
 from tools import chaos

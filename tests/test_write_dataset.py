@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 import write_dataset
-from rn50 import beton
+from rn50.data import beton
+from rn50.data.sources import decode_image
 from rn50.errors import RunError
-from rn50.sources import decode_image
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -15,8 +15,9 @@ import requests
 import torch
 from PIL import Image
 
-from rn50 import checkpoint, export
 from rn50.augment import normalize
+from rn50.publishing import export
+from rn50.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 APP_PYTHON = ROOT / ".venv-app" / "bin" / "python"

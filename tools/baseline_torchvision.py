@@ -18,16 +18,18 @@ import torch
 from torchvision import datasets, transforms
 from torchvision.transforms import InterpolationMode
 
-from rn50 import checkpoint, distributed, errors, schedules
+from rn50 import schedules
 from rn50.augment import normalize
+from rn50.command import run
 from rn50.ema import EMA
 from rn50.errors import UsageError
 from rn50.evaluate import evaluate
+from rn50.files import read_rows, write_atomically
 from rn50.losses import cross_entropy
 from rn50.model import build_model
 from rn50.optimizer import build_optimizer, set_learning_rate
 from rn50.precision import autocast_dtype, dtype_name
-from rn50.run_log import read_rows, write_atomically
+from rn50.training import checkpoint, distributed
 
 
 def main():
@@ -134,4 +136,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -31,10 +31,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
-from rn50 import errors, export
 from rn50.augment import normalize
+from rn50.command import run
 from rn50.errors import RunError
-from rn50.run_log import commit, write_atomically
+from rn50.files import write_atomically
+from rn50.machine import commit
+from rn50.publishing import export
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "app"))
@@ -297,4 +299,4 @@ def report(figures):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -23,12 +23,12 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rn50 import checkpoint  # noqa: E402
+from rn50.training import checkpoint  # noqa: E402
 from rn50.ema import EMA  # noqa: E402
 from rn50.losses import cross_entropy  # noqa: E402
+from rn50.machine import commit, processor  # noqa: E402
 from rn50.model import build_model  # noqa: E402
 from rn50.optimizer import FiniteSteps, build_optimizer, set_learning_rate  # noqa: E402
-from rn50.run_log import commit, processor  # noqa: E402
 
 # Assumed, and low: PCIe 3 x16 carries 16 GB/s in theory, into the host's pageable memory a fraction of that.
 GPU_COPY_GB_PER_S = 3.0

@@ -28,10 +28,11 @@ import cv2
 import numpy as np
 import torch
 
-from rn50 import beton, decode, errors, loaders, native
-from rn50.distributed import cores
+from rn50.command import run
+from rn50.data import beton, decode, loaders, native
+from rn50.data.sources import EXTENSIONS, decode_image
 from rn50.errors import RunError
-from rn50.sources import EXTENSIONS, decode_image
+from rn50.machine import cores
 
 MAX_SIDE, QUALITY, BATCH, MEMORY_BATCH = 500, 90, 64, 512
 CLASSES = [{"wnid": "n0", "name": "all"}]
@@ -319,9 +320,9 @@ def scaling(folder, args):
     }
     speeds = {key: [] for key in passes}
     for repeat in range(args.repeats + 1):
-        for key, run in passes.items():
+        for key, one_pass in passes.items():
             started = time.perf_counter()
-            done = run()
+            done = one_pass()
             if repeat:  # the first warms up
                 speeds[key].append(done / (time.perf_counter() - started))
     medians = {key: statistics.median(values) for key, values in speeds.items()}
@@ -402,4 +403,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -18,9 +18,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from rn50 import beton, errors
+from rn50.command import run
+from rn50.data import beton
+from rn50.data.sources import EXTENSIONS
 from rn50.errors import RunError
-from rn50.sources import EXTENSIONS
 
 RESOLUTIONS = (400, 500)
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +76,7 @@ def same_disk(path, folder):
 
 
 def ours(folder, workers):
-    run(
+    execute(
         ROOT / "write_dataset.py",
         f"--source.dir={folder / 'tree'}",
         "--source.splits=train",
@@ -87,10 +88,10 @@ def ours(folder, workers):
 
 def stock(folder, workers):
     for side in RESOLUTIONS:
-        run("-c", STOCK, folder / "tree" / "train", folder / "out" / f"{side}.beton", side, workers)
+        execute("-c", STOCK, folder / "tree" / "train", folder / "out" / f"{side}.beton", side, workers)
 
 
-def run(*command):
+def execute(*command):
     done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
     if done.returncode:
         raise RunError(f"a conversion failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
@@ -124,4 +125,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

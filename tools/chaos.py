@@ -29,7 +29,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-PRELOAD = ["torch", "torchvision", "fastargs", "boto3", "rn50.loaders", "rn50.run_log", "rn50.mirror", "rn50.evaluate"]
+PRELOAD = [
+    "torch",
+    "torchvision",
+    "fastargs",
+    "boto3",
+    "rn50.data.loaders",
+    "rn50.training.run_folder",
+    "rn50.training.mirror",
+    "rn50.evaluate",
+]
 TIMES = {"images_per_second", "data_wait_fraction", "train_seconds", "cpu_seconds", "elapsed_seconds", "val_seconds"}
 DISK_MEGABYTES = 64
 EPOCHS, BATCH, MICRO_BATCH = 24, 20, 10
@@ -325,7 +334,7 @@ def victim(argv, environment, output, point, last_step):
     descriptor = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    from rn50 import checkpoint, interruption, mirror, progress
+    from rn50.training import checkpoint, interruption, mirror, progress
 
     use_small_network()
     checkpoint.RETRY_SECONDS = mirror.RETRY_SECONDS = 0.2
@@ -434,8 +443,8 @@ def outcome(folder, epochs=EPOCHS):
     """What must be equal: all tensors of the last checkpoint, and the log but for its times."""
     import torch
 
-    from rn50 import checkpoint
-    from rn50.run_log import read_rows
+    from rn50.files import read_rows
+    from rn50.training import checkpoint
 
     state = checkpoint.load(folder / "last.pt")
     tensors = []
@@ -455,7 +464,7 @@ def outcome(folder, epochs=EPOCHS):
 
 
 def make_betons(folder):
-    from rn50.textures import write_textures
+    from rn50.data.textures import write_textures
 
     write_textures(folder / "tree", train_per_class=10, val_per_class=3)
     command = [sys.executable, ROOT / "write_dataset.py", f"--source.dir={folder / 'tree'}"]
@@ -466,7 +475,7 @@ def make_betons(folder):
 
 def report(faults, table, seconds):
     """README.md beside faults.jsonl."""
-    from rn50.run_log import commit, processor
+    from rn50.machine import commit, processor
 
     runs = {fault["run"]: fault["outcome"] for fault in faults}
     same = sum(result == "identical" for result in runs.values())

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import yaml
 
-from rn50 import errors, plots
-from rn50.run_log import write_atomically
+from rn50 import errors
+from rn50.command import run
+from rn50.files import write_result
+from rn50.planning import plots
 
 # Where and how fast a run is, and not what it computes.
 NOT_COMPARED = ("logging.", "budget.", "data.dir", "data.workers", "data.timeout_minutes", "training.device")
@@ -34,11 +36,7 @@ def main(argv=None):
     differing = differences(configs)
     print("\n".join([*table_lines(rows), *remarks(rows, logs), "", *difference_lines(differing, names)]))
     if args.json:
-        try:
-            content = {"runs": rows, "differing": differing}
-            write_atomically(args.json, json.dumps(content, indent=1) + "\n")
-        except OSError as error:
-            raise errors.RunError(f"cannot write {args.json}: {error.strerror}") from None
+        write_result(args.json, json.dumps({"runs": rows, "differing": differing}, indent=1) + "\n")
     if args.out:
         plots.save(plots.draw(logs, names), args.out)
 
@@ -154,4 +152,4 @@ def difference_lines(differing, names):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -19,10 +19,12 @@ from pathlib import Path
 
 import torch
 
-from rn50 import errors, loaders
+from rn50 import errors
+from rn50.command import run
+from rn50.data import loaders
 from rn50.errors import RunError
+from rn50.files import read_rows, write_atomically
 from rn50.metrics import T_975, paired_difference
-from rn50.run_log import read_rows, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "rn50_configs" / "decode_accuracy.yaml"
@@ -123,7 +125,7 @@ class StockLoader:
         from ffcv.transforms import RandomHorizontalFlip, ToDevice, ToTensor, ToTorchImage
 
         decoder = RandomResizedCropRGBImageDecoder((resolution, resolution), scale=self.scale)
-        # FFCV's host would overwrite a batch whose copy is under way: rn50.loaders waits for it, this has to here
+        # FFCV's host would overwrite a batch whose copy is under way: rn50.data.loaders waits for it, this has to here
         to_device = {"device": self.device, "non_blocking": False}
         return Loader(
             self.path,
@@ -151,4 +153,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

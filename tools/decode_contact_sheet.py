@@ -11,10 +11,11 @@ import argparse
 import numpy as np
 from PIL import Image
 
-from rn50 import beton, errors
-from rn50.decode import RandomCropDecoder
+from rn50.command import run
+from rn50.data import beton
+from rn50.data.decode import RandomCropDecoder
+from rn50.data.sources import decode_jpeg
 from rn50.errors import RunError
-from rn50.sources import decode_jpeg
 
 COLUMNS = 4
 
@@ -70,4 +71,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

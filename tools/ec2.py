@@ -25,8 +25,11 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a laptop has no need to install what trains
 
-from rn50 import cloud, costs, errors
+from rn50.cloud import store as cloud
+from rn50.command import run
 from rn50.errors import RunError, UsageError
+from rn50.files import parse_rows
+from rn50.planning import costs
 
 ROOT = Path(__file__).resolve().parents[1]
 TAG = {"project": "rn50"}
@@ -439,7 +442,7 @@ def hourly_prices(aws, instance, spot, zones):
     if machine is None:
         raise RunError(f"no price is known for {instance}{', spot' if spot else ''} in {aws.region}")
     date = next(row["date"] for row in costs.read_table().instance if row["name"] == instance)
-    return {zone: machine.dollars_high for zone in zones}, f"rn50/data/costs.csv, {date}, us-east-1: check it"
+    return {zone: machine.dollars_high for zone in zones}, f"rn50/planning/costs.csv, {date}, us-east-1: check it"
 
 
 def listed_price(aws, instance):
@@ -834,7 +837,7 @@ def forecast(record, rows, epochs, spent):
 
 def rows_of(store):
     data = store.read_bytes("log.jsonl") or b""
-    rows = [json.loads(line) for line in data.decode(errors="replace").splitlines() if line.endswith("}")]
+    rows = parse_rows(data.decode(errors="replace"), f"{store.prefix}/log.jsonl")
     return sorted(rows, key=lambda row: row["epoch"])
 
 
@@ -1015,4 +1018,4 @@ def arguments(argv):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import yaml
 
-from rn50 import cloud, errors
+from rn50.cloud import store as cloud
+from rn50.command import run
 from rn50.errors import RunError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -209,4 +210,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

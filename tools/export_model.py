@@ -29,11 +29,14 @@ from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
-from rn50 import beton, checkpoint, errors, export
 from rn50.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
+from rn50.command import run
+from rn50.data import beton
+from rn50.data.sources import open_source
 from rn50.errors import RunError, UsageError
-from rn50.run_log import commit
-from rn50.sources import open_source
+from rn50.machine import commit
+from rn50.publishing import export
+from rn50.training import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
 import inference
@@ -399,4 +402,4 @@ def report(out, config):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

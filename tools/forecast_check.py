@@ -1,4 +1,4 @@
-"""How good is rn50/forecast.py? Every published run forecast from the other five, and what raises an alarm, and when.
+"""How good is rn50/planning/forecast.py? Each published run forecast from the other five; what raises an alarm.
 
     python tools/forecast_check.py --out docs/results/forecast
 
@@ -14,8 +14,10 @@ from functools import cache
 from pathlib import Path
 from statistics import fmean
 
-from rn50 import errors, forecast, schedules
-from rn50.run_log import write_atomically
+from rn50 import schedules
+from rn50.command import run
+from rn50.files import write_atomically
+from rn50.planning import forecast
 
 PROGRESS = (0.25, 0.5, 0.75)
 EARLY = 0.3
@@ -260,4 +262,4 @@ def alarm_lines(alarms, held_out):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -18,9 +18,10 @@ import subprocess
 import time
 from pathlib import Path
 
-from rn50 import costs, errors
+from rn50.command import run
 from rn50.errors import RunError, UsageError
-from rn50.run_log import read_rows, write_atomically
+from rn50.files import read_rows, write_atomically
+from rn50.planning import costs
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ".venv/bin/python"
@@ -107,7 +108,7 @@ def judge_speed(checker, output):
     speeds = costs.fit(table)
     gpu = next((name for name in sorted(table.gpu, key=len, reverse=True) if name in report["device"]), None)
     if gpu is None:
-        raise Failed(f"{report['device']} is not in rn50/data/costs.csv: add a row with its memory bandwidth")
+        raise Failed(f"{report['device']} is not in rn50/planning/costs.csv: add a row with its memory bandwidth")
     spread = costs.prediction_errors(costs.check(table))[speeds.gpu_rate(gpu, 1)[1] > 0]
     lines, worst = [], 1.0
     for row in report["resolutions"]:
@@ -296,7 +297,7 @@ def main():
         return
     import torch
 
-    from rn50.run_log import commit
+    from rn50.machine import commit
 
     if not torch.cuda.is_available():
         raise RunError("torch sees no GPU here: these checks are for a machine with one (nvidia-smi should list it)")
@@ -330,4 +331,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

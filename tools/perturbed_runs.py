@@ -4,8 +4,8 @@
 
 --images has train/ and val/, --data their train_64.beton and val_64.beton. Trains rn50_configs/proxy_study.yaml at
 32 px for three epochs of ten by train_imagenet.py, then ends it by SIGTERM, as it is and with each trouble, and notes
-what rn50/forecast.py said and after which epoch. What train_imagenet.py refuses to do is noted as such. Repeating the
-command goes on: a finished run is a line of runs.jsonl.
+what rn50/planning/forecast.py said and after which epoch. What train_imagenet.py refuses to do is noted as such.
+Repeating the command goes on: a finished run is a line of runs.jsonl.
 """
 
 import argparse
@@ -18,9 +18,9 @@ import sys
 import time
 from pathlib import Path
 
-from rn50 import errors
+from rn50.command import run
 from rn50.errors import RunError
-from rn50.run_log import read_rows, write_atomically
+from rn50.files import read_rows, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "rn50_configs" / "proxy_study.yaml"
@@ -165,4 +165,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -4,7 +4,7 @@
     python tools/plan_run.py --budget 25 --target 78 --spot --json plan.json --png plan.png --proposal proposal.md
     python tools/plan_run.py --budget 25 --target 78 --preflight preflight.json     # measured speeds, not the table's
 
-All figures are projected from published ones (rn50/data/costs.csv) and compared at 224 px, single view.
+All figures are projected from published ones (rn50/planning/costs.csv) and compared at 224 px, single view.
 """
 
 import argparse
@@ -14,9 +14,10 @@ from pathlib import Path
 
 import yaml
 
-from rn50 import costs, errors
+from rn50.command import run
 from rn50.errors import RunError, UsageError
-from rn50.run_log import read_rows, write_atomically
+from rn50.files import read_rows, write_result
+from rn50.planning import costs
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIDENT = 0.9
@@ -45,11 +46,11 @@ def main(argv=None):
     explain_p3(rows)
     print("\n".join([*report(rows, args), *check_lines(table, speeds, loader, checked, spread)]))
     if args.json:
-        write(args.json, json.dumps(rows, indent=1) + "\n")
+        write_result(args.json, json.dumps(rows, indent=1) + "\n")
     if args.png:
         draw(rows, args)
     if args.proposal:
-        write(args.proposal, proposal(rows, args))
+        write_result(args.proposal, proposal(rows, args))
 
 
 def measured_machine(path):
@@ -200,7 +201,7 @@ def check_lines(table, speeds, loader, checked, spread):
 
 def draw(rows, args):
     """Dollars against expected top-1, the frontier, the budget and the target."""
-    from rn50 import plots  # matplotlib takes a second
+    from rn50.planning import plots  # matplotlib takes a second
 
     plt = plots.plt
     figure, axis = plt.subplots(figsize=(10, 6.5), layout="constrained")
@@ -318,7 +319,7 @@ validation images) and publish the code, the log, the cost and the weights.
 **Evidence so far.**
 
 - Projected: hours and dollars from {speed}, top-1 from published results (`tools/plan_run.py`; every
-  figure with its source in `rn50/data/costs.csv`). Basis: {best["basis"]}.
+  figure with its source in `rn50/planning/costs.csv`). Basis: {best["basis"]}.
 - Measured: ResNet-50 from scratch on Imagenette (ten classes) on a CPU, {imagenette:.1f} % top-1 at {px} px, single \
 view
   (docs/results/imagenette_cpu).
@@ -333,17 +334,10 @@ view
   notices), and we look after the first third.
 - It costs more than projected: it writes a checkpoint and stops before its limit in dollars.
 - Interruption: a run continues from its last checkpoint when the command is repeated.
-- The price or quota changes: prices are those of rn50/data/costs.csv; a quota of {best["vcpus"]} vCPU is needed.
+- The price or quota changes: prices are those of rn50/planning/costs.csv; a quota of {best["vcpus"]} vCPU is needed.
 
 **Team.** Names, course and contact: *fill in*.
 """
-
-
-def write(path, content):
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror}") from None
 
 
 def arguments(argv):
@@ -370,4 +364,4 @@ def positive(text):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

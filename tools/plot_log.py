@@ -2,8 +2,8 @@
 
 import argparse
 
-from rn50 import errors
-from rn50.plots import draw, read_log, run_names, save
+from rn50.command import run
+from rn50.planning.plots import draw, read_log, run_names, save
 
 
 def main(argv=None):
@@ -14,8 +14,8 @@ def main(argv=None):
     parser.add_argument("--out", required=True, metavar="PNG")
     args = parser.parse_args(argv)
     logs = []
-    for run in args.runs:
-        rows, notes = read_log(run)
+    for path in args.runs:
+        rows, notes = read_log(path)
         logs.append(rows)
         for note in notes:
             print(f"note: {note}")
@@ -24,4 +24,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

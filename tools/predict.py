@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rn50 import errors
+from rn50.command import run
 from rn50.errors import RunError, UsageError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
@@ -119,4 +119,4 @@ def save_map(path, picture, values):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

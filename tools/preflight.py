@@ -22,15 +22,21 @@ from pathlib import Path
 
 import torch
 
-from rn50 import config, costs, distributed, errors, loaders, run_log
+from rn50 import config
 from rn50.augment import normalize
+from rn50.command import run
+from rn50.data import loaders
 from rn50.ema import EMA
 from rn50.errors import RunError, UsageError
+from rn50.files import write_result
 from rn50.losses import binary_cross_entropy, cross_entropy
+from rn50.machine import commit, cores, memory_bytes
 from rn50.model import build_model
 from rn50.optimizer import build_optimizer, set_learning_rate
+from rn50.planning import costs
 from rn50.precision import autocast_dtype
-from rn50.progress import Waiting
+from rn50.training import distributed
+from rn50.training.progress import Waiting
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_STEPS = 2
@@ -66,7 +72,7 @@ def main():
             crop_scale=cfg.data.crop_scale,
             seed=cfg.training.seed,
             device=device,
-            workers=cfg.data.workers or distributed.cores(),
+            workers=cfg.data.workers or cores(),
             timeout=60 * cfg.data.timeout_minutes,
         )
         row = {"resolution": px, "rung": sides[px], **measure(loader, step, device, cfg, px, micro, args.seconds)}
@@ -80,14 +86,14 @@ def main():
     report = {
         "made_by": "tools/preflight.py",
         "date": time.strftime("%Y-%m-%d"),
-        "commit": run_log.commit(),
+        "commit": commit(),
         "config": Path(args.config).stem,
         "arch": cfg.model.arch,
         "instance": args.instance or "this machine",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "gpus": gpus,
-        "vcpus": distributed.cores(),
-        "memory_gib": round(loaders.memory_bytes() / 2**30, 1),
+        "vcpus": cores(),
+        "memory_gib": round(memory_bytes() / 2**30, 1),
         "dollars_per_hour": price,
         "micro_batch": micro,
         "staging_mb_per_s": staging,
@@ -99,10 +105,7 @@ def main():
     for reason in report["reasons"]:
         print(f"note: {reason}")
     if args.json:
-        try:
-            run_log.write_atomically(args.json, json.dumps(report, indent=1) + "\n")
-        except OSError as error:
-            raise RunError(f"cannot write {args.json}: {error.strerror}") from None
+        write_result(args.json, json.dumps(report, indent=1) + "\n")
     if not report["go"]:
         raise RunError(f"no go: {report['reasons'][0]}")
     print(f"go: at most ${report['dollars_high']:.2f} of ${args.budget:g}")
@@ -319,4 +322,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import yaml
 
-from rn50 import errors, schedules
+from rn50 import schedules
+from rn50.command import run
 from rn50.errors import RunError, UsageError
+from rn50.files import read_rows, write_atomically
 from rn50.metrics import T_975, paired_difference
-from rn50.run_log import read_rows, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "rn50_configs" / "proxy_study.yaml"
@@ -197,4 +198,4 @@ def arguments():
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

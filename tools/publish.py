@@ -18,7 +18,7 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from rn50 import errors
+from rn50.command import run
 from rn50.errors import RunError, UsageError
 
 APP = Path(__file__).resolve().parents[1] / "app"
@@ -195,4 +195,4 @@ def upload(api, repo, kind, files, *, private):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

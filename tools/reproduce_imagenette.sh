@@ -13,7 +13,7 @@ export OMP_WAIT_POLICY=passive
 $python write_dataset.py --source.dir="$IMAGENETTE_DIR" --out.dir=data/imagenette --out.resolutions=128,224
 $python train_imagenet.py --config-file rn50_configs/imagenette_cpu.yaml
 minutes=$($python - <<'PY'
-from rn50.run_log import read_rows
+from rn50.files import read_rows
 print(sum(row["cpu_seconds"] for row in read_rows("runs/imagenette_cpu/log.jsonl")) / 60)
 PY
 )

@@ -40,12 +40,12 @@ find_python() { # 3.11 first: it is what most runs were made with
 }
 
 fingerprint() { # of everything that decides what .venv should hold; $1: the Python's version
-    printf '%s %s %s\n' "$root" "$1" "$(cat pyproject.toml requirements.lock setup.py rn50/csrc/* | sha256sum | cut -c1-64)"
+    printf '%s %s %s\n' "$root" "$1" "$(cat pyproject.toml requirements.lock setup.py rn50/data/csrc/* | sha256sum | cut -c1-64)"
 }
 
 up_to_date() {
     local version
-    [[ -f $stamp ]] && compgen -G "rn50/_decode.*.so" >/dev/null && version=$(usable .venv/bin/python) || return 1
+    [[ -f $stamp ]] && compgen -G "rn50/data/_decode.*.so" >/dev/null && version=$(usable .venv/bin/python) || return 1
     if [[ -n ${PYTHON:-} ]]; then
         version=$(usable "$PYTHON") || fail "PYTHON=$PYTHON is not a working Python 3.11 or 3.12"
     fi
@@ -167,7 +167,7 @@ if ! .venv/bin/python -c 'import ffcv' 2>/dev/null; then
     echo "building ffcv again"
     install --use-pep517 --no-build-isolation --no-cache-dir --no-deps --force-reinstall ffcv
 fi
-.venv/bin/python -c 'import cv2, ffcv, numba, torch, torchvision; from rn50 import native; native.library()' || fail "the installed packages do not load (see above)"
+.venv/bin/python -c 'import cv2, ffcv, numba, torch, torchvision; from rn50.data import native; native.library()' || fail "the installed packages do not load (see above)"
 
 fingerprint "$version" >"$stamp.new"
 mv "$stamp.new" "$stamp"

@@ -11,8 +11,9 @@ import sys
 
 from tqdm import tqdm
 
-from rn50 import beton
-from rn50.errors import RunError, run
+from rn50.command import run
+from rn50.data import beton
+from rn50.errors import RunError
 
 SHOWN = 10
 

@@ -16,9 +16,10 @@ import time
 from functools import cache
 from pathlib import Path
 
-from rn50 import costs, schedules
+from rn50 import schedules
 from rn50.errors import UsageError
-from rn50.run_log import write_atomically
+from rn50.files import write_atomically
+from rn50.planning import costs
 
 FILE = "spend.json"
 WRITE_SECONDS = 60.0

@@ -20,8 +20,8 @@ import time
 
 import numpy as np
 
+from rn50.data.sources import ImageFolderSource, Listing, decode_jpeg, has_class_folders, is_image_name, is_imagenet
 from rn50.errors import RunError
-from rn50.sources import ImageFolderSource, Listing, decode_jpeg, has_class_folders, is_image_name, is_imagenet
 
 CLASSES, COUNTS = 1000, {"train": 1_281_167, "val": 50_000}
 # From this many wnids on, a set is meant to be all of ImageNet-1k.

@@ -1,4 +1,4 @@
-"""Hours, dollars and expected top-1 of a recipe on an instance, projected from published figures (data/costs.csv).
+"""Hours, dollars and expected top-1 of a recipe on an instance, projected from published figures (costs.csv).
 
 A GPU's training images/s: the geometric mean over independent published sources, each brought to one GPU at 224 px; a
 GPU that nobody published gets the images/s for each GB/s of memory bandwidth that the others have. The slowest of GPU,
@@ -18,9 +18,9 @@ import yaml
 from rn50 import schedules
 from rn50.errors import RunError, UsageError
 
-TABLE = Path(__file__).parent / "data" / "costs.csv"
-CONFIGS = Path(__file__).parents[1] / "rn50_configs"
-LOADER_BENCHMARK = Path(__file__).parents[1] / "docs" / "results" / "benchmark_loader" / "160px_1thread.json"
+TABLE = Path(__file__).with_name("costs.csv")
+CONFIGS = Path(__file__).parents[2] / "rn50_configs"
+LOADER_BENCHMARK = Path(__file__).parents[2] / "docs" / "results" / "benchmark_loader" / "160px_1thread.json"
 # 80 % of a normal distribution lies within so many standard deviations.
 Z_80 = NormalDist().inv_cdf(0.9)
 # What ten minutes of measuring leave open: an assumption until a whole run has been compared with its preflight.

@@ -1,6 +1,6 @@
 """What final top-1 a run is heading for, and whether something looks wrong: from its log and config, early.
 
-The reference: FFCV's six published runs of one recipe at six lengths (data/ffcv_curves.csv), one run each. Knowing the
+The reference: FFCV's six published runs of one recipe at six lengths (ffcv_curves.csv), one run each. Knowing the
 length is all there is to know of a run that is on track: final top-1 as a parabola in ln(epochs) through the other
 five lengths is off by 0.07 points on average, and no use of the curves made that smaller. So within the noise of the
 six the curve moves the forecast by nothing, and beyond it by what a schedule with such a training loss would lose.
@@ -19,7 +19,7 @@ import numpy as np
 from rn50 import schedules
 from rn50.metrics import wilson_interval
 
-CURVES = Path(__file__).parent / "data" / "ffcv_curves.csv"
+CURVES = Path(__file__).with_name("ffcv_curves.csv")
 EVALUATION = "256 px, averaged with the mirror image"
 # What a run must have in common with the reference to be compared with its curves. Keys of the config's sections.
 REFERENCE = {

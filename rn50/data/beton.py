@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from rn50.data.native import index_jpeg
+from rn50.data.sources import decode_jpeg
 from rn50.errors import RunError
-from rn50.native import index_jpeg
-from rn50.sources import decode_jpeg
 
 VERSION = 2
 PAGE_SIZE = 8 << 20

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from rn50 import errors
+from rn50.command import run
 
 # Part of every tree's description, so that a tree made by older code is not taken for today's.
 GENERATOR_VERSION = 2
@@ -228,7 +229,7 @@ def _read_description(root):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m rn50.textures", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m rn50.data.textures", description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="written as FOLDER/{train,val}/<class>/NNNN.jpg")
     parser.add_argument("--train-per-class", type=int, default=200)
     parser.add_argument("--val-per-class", type=int, default=100)
@@ -242,4 +243,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    run(main)

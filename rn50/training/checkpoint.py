@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from rn50 import interruption
 from rn50.errors import RunError, Stopped
+from rn50.training import interruption
 
 FORMAT = 2
 LAST, PREVIOUS, PARTIAL = "last.pt", "previous.pt", "last.pt.partial"
@@ -84,8 +84,8 @@ def _check(path):
 def newest(folder, *, warn, mirror=None):
     """The state to resume from: last.pt, else previous.pt with a `warn`ing, else None when there is neither.
 
-    With a `mirror` (rn50/mirror.py), its checkpoint where that is of a later step or nothing here can be read. Raises
-    RunError where going on would mean starting over although there is, or may be, something to resume from.
+    With a `mirror` (rn50/training/mirror.py), its checkpoint where that is of a later step or nothing here can be read.
+    Raises RunError where going on would mean starting over although there is, or may be, something to resume from.
     """
     candidates = [path for path in (Path(folder) / LAST, Path(folder) / PREVIOUS) if path.exists()]
     here = _first_readable(candidates, warn)

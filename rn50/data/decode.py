@@ -11,11 +11,11 @@ from ffcv.fields.basics import IntDecoder
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 from ffcv.pipeline.allocation_query import AllocationQuery
 
-from rn50 import native
-from rn50.beton import RAW
+from rn50.data import native
+from rn50.data.beton import RAW
+from rn50.data.sources import decode_jpeg
 from rn50.errors import RunError
 from rn50.seeded import CROPS, uniforms
-from rn50.sources import decode_jpeg
 
 ATTEMPTS = 10
 RATIO = (3 / 4, 4 / 3)

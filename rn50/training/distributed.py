@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from rn50.errors import RunError, UsageError
+from rn50.machine import cores
 
 DEVICE_FILES = Path("/dev")
 WSL_DRIVER = Path("/usr/lib/wsl/lib/libcuda.so.1")  # Windows lends its GPU to WSL 2 without a file in /dev
@@ -112,11 +113,6 @@ def rank():
 
 def local_rank():
     return int(os.environ.get("LOCAL_RANK", 0))
-
-
-def cores():
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0))
 
 
 def ranks_on_this_node():

@@ -9,7 +9,6 @@ s3://BUCKET/rn50/runs/RUN/stop                  is there while the run is asked 
 """
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -18,6 +17,7 @@ import time
 from pathlib import Path
 
 from rn50.errors import RunError, UsageError
+from rn50.files import sha256
 
 PREFIX = "rn50"
 BETONS, CODE, RUNS = f"{PREFIX}/betons", f"{PREFIX}/code", f"{PREFIX}/runs"
@@ -148,7 +148,7 @@ def stage(client, bucket, folder, *, rung, say=print):
         partial, started = folder / f"{name}.partial", time.monotonic()
         for attempt in (1, 2):
             client.download_file(bucket, f"{BETONS}/{name}", str(partial), Config=transfer)
-            if _sha256(partial) == manifest["beton"]["sha256"]:
+            if sha256(partial) == manifest["beton"]["sha256"]:
                 break
             say(f"{name} arrived damaged{'; once more' if attempt == 1 else ''}")
         else:
@@ -157,11 +157,6 @@ def stage(client, bucket, folder, *, rung, say=print):
         partial.rename(folder / name)
         seconds = time.monotonic() - started
         say(f"staged {name}: {sizes[name] / 1e6:.0f} MB in {seconds:.0f} s, checksum right")
-
-
-def _sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- What an instance reports ----------------------------------------------------------------------------------------

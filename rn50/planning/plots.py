@@ -1,6 +1,5 @@
 """Training curves of one or more runs as one figure, from their log.jsonl."""
 
-import json
 import math
 import os
 import textwrap
@@ -12,7 +11,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
-from rn50 import costs, errors, forecast
+from rn50 import errors
+from rn50.files import read_rows
+from rn50.planning import costs, forecast
 
 # Panel title -> the keys of a log row it draws, each with its label and line style.
 PANELS = {
@@ -39,27 +40,15 @@ def read_log(run):
     path = Path(run)
     if path.is_dir():
         path = path / "log.jsonl"
-    try:
-        content = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise errors.RunError(f"cannot read {path}: {error.strerror}") from None
-    lines = content.splitlines()
-    rows, notes = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError:
-            if number == len(lines) and not content.endswith("\n"):
-                notes.append(f"{path}: line {number} is incomplete and passed over")
-                continue
-            raise errors.RunError(f"{path}, line {number}: not valid JSON") from None
-        if not isinstance(row, dict) or not _is_number(row.get("epoch")) or not math.isfinite(row["epoch"]):
-            raise errors.RunError(f"{path}, line {number}: not an epoch's row (no number under 'epoch')")
+    if not path.exists():
+        raise errors.RunError(f"cannot read {path}: No such file or directory")
+    notes = []
+    rows = read_rows(path, notes.append)
+    for number, row in enumerate(rows, 1):
+        if not _is_number(row.get("epoch")) or not math.isfinite(row["epoch"]):
+            raise errors.RunError(f"{path}, row {number}: not an epoch's row (no number under 'epoch')")
         if not all(_is_number(row.get(key) or 0) for key in SUMMED) or not _is_forecast(row.get("forecast") or {}):
-            raise errors.RunError(f"{path}, line {number}: not an epoch's row (seconds, dollars or forecast are none)")
-        rows.append(row)
+            raise errors.RunError(f"{path}, row {number}: not an epoch's row (seconds, dollars or forecast are none)")
     if not rows:
         raise errors.RunError(f"{path} holds no complete row yet")
     return rows, notes

@@ -25,10 +25,11 @@ from ffcv.pipeline.graph import Graph  # noqa: E402
 from ffcv.pipeline.pipeline_spec import PipelineSpec  # noqa: E402
 from ffcv.transforms import ToDevice, ToTensor, ToTorchImage  # noqa: E402
 
-from rn50.beton import read_info  # noqa: E402
-from rn50.decode import CenterCropDecoder, LabelDecoder, RandomCropDecoder  # noqa: E402
+from rn50.data.beton import read_info  # noqa: E402
+from rn50.data.decode import CenterCropDecoder, LabelDecoder, RandomCropDecoder  # noqa: E402
+from rn50.data.order import page_aware_order, random_order  # noqa: E402
 from rn50.errors import RunError  # noqa: E402
-from rn50.order import page_aware_order, random_order  # noqa: E402
+from rn50.machine import memory_bytes  # noqa: E402
 
 torch.set_num_threads(_torch_threads)
 
@@ -99,17 +100,6 @@ def epoch_order(info, order, *, seed, epoch):
         return random_order(info.num_samples, seed=seed, epoch=epoch)
     pages = (info.data_ptrs // info.page_size).astype(np.int64)
     return page_aware_order(pages, seed=seed, epoch=epoch, pages_in_window=PAGES_IN_WINDOW)
-
-
-def memory_bytes():
-    """Memory this process may use: the machine's, or its control group's if that is less."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            return min(total, int(Path(limit).read_text()))
-        except (OSError, ValueError):
-            continue
-    return total
 
 
 def training_loader(info, *, batch_size, crop_scale, seed, device, workers, timeout):

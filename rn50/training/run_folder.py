@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
@@ -16,26 +15,13 @@ import torch
 import yaml
 from torch.utils.tensorboard import SummaryWriter
 
-from rn50 import interruption
-from rn50.distributed import LostContact, cores
 from rn50.errors import RunError, Stopped
+from rn50.files import write_atomically
+from rn50.machine import commit, cores, processor
+from rn50.training import interruption
+from rn50.training.distributed import LostContact
 
 PACKAGES = ("rn50", "torch", "torchvision", "ffcv", "numpy", "numba", "opencv-python", "fastargs")
-
-
-def write_atomically(path, content):
-    """Put the text `content` at `path` whole or not at all."""
-    aside = Path(f"{path}.{os.getpid()}.partial")
-    try:
-        with open(aside, "w", encoding="utf-8") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-        raise
 
 
 def make_folder(folder):
@@ -162,17 +148,6 @@ class RunLog:
         return True
 
 
-def read_rows(path):
-    """The rows of a log.jsonl; a missing file has none, and a torn last line is not a row."""
-    rows = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def describe_environment(*, device, world_size, betons):
     """What a result depends on beside its config: commit, versions, devices, the betons' checksums."""
     return {
@@ -190,23 +165,6 @@ def describe_environment(*, device, world_size, betons):
     }
 
 
-def commit():
-    """The checkout's commit, with `-dirty` where tracked files differ from it; None outside a git checkout."""
-    root = Path(__file__).resolve().parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
-        return described.stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
 def _read_json(path, default):
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -219,12 +177,3 @@ def _version(package):
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
-
-
-def processor():
-    """The processor's name, as the system says it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

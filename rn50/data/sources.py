@@ -40,10 +40,10 @@ IMAGENET_WNIDS_SHA256 = "9be65c467f39ace6da5b8f775034751d1328f56d229db113bb5b30c
 def open_source(directory, split, cache=None):
     """The source of `split` ("train", "val") under `directory`, whatever form the images have there.
 
-    An ImageFolder tree, or ImageNet as it comes from its site, Kaggle or Hugging Face (rn50/imagenet.py). cache: a
+    An ImageFolder tree, or ImageNet as it comes from its site, Kaggle or Hugging Face (rn50/data/imagenet.py). cache: a
     folder for the index of a tar file, which takes minutes to make. RunError where there is nothing of the kind.
     """
-    from rn50 import imagenet
+    from rn50.data import imagenet
 
     found = imagenet.find(directory, split, cache)
     folder = os.path.join(str(directory), split)
@@ -54,7 +54,7 @@ def open_source(directory, split, cache=None):
 
 def split_classes(directory, split):
     """Names of the class folders, or wnids, of a split; None where there is no such split."""
-    from rn50 import imagenet
+    from rn50.data import imagenet
 
     found = imagenet.find(directory, split, None)
     if found:
@@ -197,7 +197,7 @@ def _class_folders(folder):
 
 
 def _expected(folder):
-    from rn50 import imagenet
+    from rn50.data import imagenet
 
     forms = "".join(f", or {form}" for form in imagenet.forms(os.path.basename(folder)))
     return f"expected {folder}/<class>/<image>{forms}"

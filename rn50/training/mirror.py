@@ -4,9 +4,9 @@ import os
 import threading
 from pathlib import Path
 
-from rn50.checkpoint import LAST, wait_until
-from rn50.cloud import RECORDS
+from rn50.cloud.store import RECORDS
 from rn50.errors import RunError, UsageError
+from rn50.training.checkpoint import LAST, wait_until
 
 RETRY_SECONDS = 30.0
 CONNECT_SECONDS, READ_SECONDS, ATTEMPTS = 5, 30, 2

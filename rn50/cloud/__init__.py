@@ -1,0 +1,1 @@
+"""One run on one EC2 instance. Imports no torch; runs with boto3 and pyyaml alone."""

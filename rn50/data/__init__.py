@@ -1,0 +1,1 @@
+"""Images -> .beton files -> batches."""

@@ -1,0 +1,77 @@
+"""Files that are whole or not there, their checksums, and the one reader of a log.jsonl. Imports no torch."""
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+from rn50.errors import RunError
+
+
+def write_atomically(path, content):
+    """Put the text `content` at `path` whole or not at all. OSError where the disk does not take it."""
+    aside = Path(f"{path}.{os.getpid()}.partial")
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        raise
+
+
+def write_result(path, content):
+    """`write_atomically` for a command's result: RunError, one line, where the disk does not take it."""
+    try:
+        write_atomically(path, content)
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror}") from None
+
+
+def sha256(path):
+    """The file's sha256, in hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_rows(path, warn=None):
+    """The rows of a file of JSON lines, as `parse_rows` reads them; none where there is no file."""
+    try:
+        content = Path(path).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RunError(f"cannot read {path}: {error.strerror}") from None
+    return parse_rows(content, path, warn)
+
+
+def parse_rows(content, name, warn=None):
+    """A list of dicts, one a line of the text `content`.
+
+    A killed process may leave the last line torn: `warn` is told (default: a note on stderr) and the line is passed
+    over. RunError, with `name` and the line's number, for any other line that is not a JSON object.
+    """
+    rows, lines = [], content.splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError:
+            if number < len(lines) or content.endswith("\n"):
+                raise RunError(f"{name}, line {number}: not valid JSON") from None
+            (warn or _note)(f"{name}: line {number} is incomplete and passed over")
+            continue
+        if not isinstance(row, dict):
+            raise RunError(f"{name}, line {number}: not a JSON object")
+        rows.append(row)
+    return rows
+
+
+def _note(text):
+    print(f"note: {text}", file=sys.stderr, flush=True)

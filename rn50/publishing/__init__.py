@@ -1,0 +1,1 @@
+"""A finished run -> a model that others can use."""
