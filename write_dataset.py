@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
-from fastargs import Param, Section
+from fastargs import Config, Param, Section
 from tqdm import tqdm
 
 from rn50 import config
@@ -32,7 +32,8 @@ from rn50.data.imagenet import check_counts, odd_images
 from rn50.data.sources import decode_image, open_source, split_classes
 from rn50.errors import RunError, UsageError
 
-Section("source", "the images").params(
+SETTINGS = Config()
+Section("source", "the images", SETTINGS).params(
     dir=Param(
         config.text(), "folder of train/ and val/, or of ImageNet's tars, Kaggle or parquet files", required=True
     ),
@@ -45,7 +46,7 @@ Section("source", "the images").params(
     ),
     skip_corrupt=Param(config.switch(), "leave out and list images that cannot be decoded", default=False),
 )
-Section("out", "the .beton files").params(
+Section("out", "the .beton files", SETTINGS).params(
     dir=Param(config.text(), "folder to write to", required=True),
     resolutions=Param(config.numbers(config.whole(16, 4096)), "maximum side lengths, one file each", default="400"),
     quality=Param(config.whole(1, 100), "JPEG quality", default=90),
@@ -62,7 +63,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main():
-    cfg = config.load("Convert images to .beton files, several sizes in one pass.")
+    cfg = config.load("Convert images to .beton files, several sizes in one pass.", SETTINGS)
     signal.signal(signal.SIGTERM, _stop)
     jobs = [job for split in _splits(cfg) if (job := plan(cfg, split))]
     if not jobs:

@@ -12,7 +12,6 @@ import sys
 from types import SimpleNamespace
 
 import yaml
-from fastargs import get_current_config
 from fastargs.exceptions import MissingValueError, ValidationError
 from fastargs.validation import Checker
 
@@ -120,15 +119,16 @@ class either(Checker):
         return f"{self.word} or {self.checker.help()}"
 
 
-def load(description, argv=None):
-    """Read `--config-file FILE` (repeatable, later wins) and then `--section.key=value` flags.
+def load(description, declared, argv=None):
+    """Read `--config-file FILE` (repeatable, later wins) and then `--section.key=value` flags of `declared`.
+
+    declared: a fastargs.Config of the script's own, because fastargs' global one holds the keys of all scripts.
 
     Returns a namespace of namespaces with one attribute per declared key (None where an optional
     key is unset). Raises UsageError, naming the key and, for an unknown one, its nearest neighbour.
     `--help` prints fastargs' table of every key and exits 0.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    declared = get_current_config()
     if "--help" in argv or "-h" in argv:
         _print_help(description, declared)
         raise SystemExit(0)
@@ -156,10 +156,10 @@ def to_dict(namespace):
     }
 
 
-def defaults():
-    """The nested dict of the declared keys that have a default."""
+def defaults(declared):
+    """The nested dict of the keys of a fastargs.Config that have a default."""
     values = {}
-    for (section, *key), param in get_current_config().entries.items():
+    for (section, *key), param in declared.entries.items():
         if param.default is not None:
             values.setdefault(section, {})[".".join(key)] = param.checker.check(param.default)
     return values

@@ -5,13 +5,13 @@ import torch
 from rn50.augment import normalize
 from rn50.losses import cross_entropy
 from rn50.metrics import correct_in_top, renamed_classes, wilson_interval
-from rn50.training import distributed
 
 
 @torch.inference_mode()
-def evaluate(model, batches, *, classes, device, autocast, flip=False):
+def evaluate(model, batches, *, classes, device, autocast, flip=False, total=lambda tensor: tensor):
     """Run `model` over `batches` of (uint8 images [N, 3, H, W], int64 labels [N]).
 
+    total: sums a tensor over all ranks, in place, and returns it; the default is for one rank.
     With `flip`, a second set of figures is computed from the mean of the logits of each image and its mirror
     image, from the same pass over the data. Returns {view: {top1, top5 in %, top1_low, top1_high (95 %), val_loss
     in nats, images}} with the views `single` and, if asked for, `flip`; and where rn50.metrics.renamed_classes finds
@@ -34,8 +34,8 @@ def evaluate(model, batches, *, classes, device, autocast, flip=False):
             row[1] += correct_in_top(output, labels, 5)
             row[2] += cross_entropy(output, labels) * len(labels)
             row[3] += len(labels)
-    distributed.total(sums)
-    renamed = renamed_classes(distributed.total(confusion).view(classes, classes))
+    total(sums)
+    renamed = renamed_classes(total(confusion).view(classes, classes))
     found = {"renamed": renamed} if renamed else {}
     return {view: _figures(*row) | found for view, row in zip(views, sums.tolist(), strict=True)}
 

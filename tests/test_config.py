@@ -9,12 +9,13 @@ import pytest
 
 PROGRAM = """
 import sys
-from fastargs import Param, Section
+from fastargs import Config, Param, Section
 from rn50 import config
 from rn50.command import run
 from rn50.config import choice, either, number, numbers, switch, text, whole
 
-Section("a", "A").params(
+SETTINGS = Config()
+Section("a", "A", SETTINGS).params(
     count=Param(whole(1, 9), "a count", required=True),
     rate=Param(number(0), "a rate", default=0.5),
     flag=Param(switch(), "a switch", default=True),
@@ -23,7 +24,7 @@ Section("a", "A").params(
     rung=Param(either("auto", whole(1)), "rung", default="auto"),
     name=Param(text(), "optional"),
 )
-run(lambda: print(config.to_dict(config.load("test"))))
+run(lambda: print(config.to_dict(config.load("test", SETTINGS))))
 """
 
 

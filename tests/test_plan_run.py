@@ -11,6 +11,7 @@ from PIL import Image
 
 from rn50.data.loaders import find_rungs
 from rn50.errors import RunError, UsageError
+from rn50.learner import Learner
 from rn50.planning import costs
 from tests.conftest import ROOT
 from tests.test_train_imagenet import load
@@ -216,12 +217,15 @@ def test_preflight_measures_projects_and_feeds_the_plan(betons, tmp_path, capsys
 def test_a_micro_batch_is_halved_until_it_fits():
     tried = []
 
-    def step(images, labels, update):
-        tried.append(len(images))
-        if len(images) > 8:
-            raise torch.cuda.OutOfMemoryError
+    class Small(Learner):
+        def forward_backward(self, images, labels, accumulation, model=None):
+            tried.append(len(images))
+            if len(images) > 8:
+                raise torch.cuda.OutOfMemoryError
+            return super().forward_backward(images, labels, accumulation, model)
 
-    assert preflight.largest_micro_batch(step, torch.device("cpu"), 32, 16) == 8
+    cfg = load([f"--config-file={DEMO[0]}", *DEMO[1:], "--data.dir=betons"])
+    assert preflight.largest_micro_batch(Small(cfg, classes=10, device=torch.device("cpu")), 32, 32) == 8
     assert tried == [32, 16, 8]
 
 

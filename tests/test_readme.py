@@ -19,12 +19,10 @@ from pathlib import Path
 
 import pytest
 import requests
-from fastargs import get_current_config
 from torch.distributed.run import parse_args as torchrun_arguments
 
-import train_imagenet
-import write_dataset  # noqa: F401 - declares its settings
-from rn50 import config
+import write_dataset
+from rn50 import config, recipe
 from rn50.errors import UsageError
 from tests import commands, tiny_model
 from tests.conftest import ROOT
@@ -37,7 +35,7 @@ MAP = re.search(r"\n## What is where\n\n```\n(.*?)```", README, re.S)[1]
 PROGRAM = re.compile(
     r"(\w+=\S+ )*(bash|sh|python3?|\.venv/bin/\w+|torchrun|pip|hf|aws|docker|conda|git|curl|sudo) |\S+\.(py|sh)( |$)"
 )
-SCRIPTS = {"write_dataset.py": ("source", "out"), "train_imagenet.py": None}
+SCRIPTS = ("write_dataset.py", "train_imagenet.py")
 
 TORCHRUN = ("nproc_per_node", "max-restarts")
 
@@ -220,17 +218,11 @@ def understand(words, monkeypatch, ranks=1):
 
 
 def settings(script, words, ranks):
-    """The script's settings from `words`, checked as it checks them; fastargs keeps those of all scripts together."""
-    entries = get_current_config().entries
-    foreign = [path for path in entries if (path[0] in SCRIPTS["write_dataset.py"]) != (script == "write_dataset.py")]
-    kept = {path: entries.pop(path) for path in foreign}
-    try:
-        cfg = config.load("", words)
-    finally:
-        entries.update(kept)
+    """The script's settings from `words`, checked as it checks them."""
     if script == "train_imagenet.py":
-        train_imagenet.check(cfg)
-        train_imagenet.check_batch(cfg, ranks)
+        recipe.check_batch(recipe.load("", words), ranks)
+    else:
+        config.load("", write_dataset.SETTINGS, words)
 
 
 class Parsed(Exception):
@@ -473,7 +465,7 @@ def test_links_and_names_lead_somewhere(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_settings_and_options_in_the_text_exist(page):
-    keys = {".".join(path) for path in get_current_config().entries}
+    keys = {".".join(path) for path in [*recipe.SETTINGS.entries, *write_dataset.SETTINGS.entries]}
     sections = {key.partition(".")[0] for key in keys}
     sources = "".join(path.read_text() for path in ROOT.glob("tools/*.py"))
     for code in re.findall(r"`([^`\n]+)`", page.read_text()):

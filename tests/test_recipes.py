@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import train_imagenet
+from rn50 import recipe
 from rn50.data.order import steps_per_epoch
 from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.model import build_model
@@ -22,9 +22,8 @@ FFCV_STEPS = 312
 RECIPES = sorted(path.stem for path in (ROOT / "rn50_configs").glob("rn50_*.yaml"))
 
 
-def recipe(name):
+def config_of(name):
     cfg = load([f"--config-file={ROOT}/rn50_configs/{name}.yaml"])
-    train_imagenet.check(cfg)
     return cfg
 
 
@@ -48,51 +47,51 @@ def test_a_recipe_says_what_is_published_and_what_is_not_run(name):
     header = "\n".join(line for line in lines if line.startswith("#"))
     assert "\n# Published" in header
     assert "\n# Ours: no ImageNet run yet" in header
-    assert recipe(name).logging.run_name == name
+    assert config_of(name).logging.run_name == name
 
 
 @pytest.mark.parametrize("epochs", FFCV_EPOCHS)
 def test_the_learning_rate_is_ffcvs_at_the_end_of_every_epoch(epochs):
-    cfg = recipe(f"rn50_{epochs}_epochs")
+    cfg = config_of(f"rn50_{epochs}_epochs")
     assert steps_per_epoch(IMAGENET_IMAGES, cfg.training.batch_size) == FFCV_STEPS
-    assert train_imagenet.learning_rate(cfg, 0) == pytest.approx(1.7e-4, rel=1e-12)
+    assert recipe.learning_rate(cfg, 0) == pytest.approx(1.7e-4, rel=1e-12)
     for epoch, row in enumerate(ffcv_log(epochs)):
-        ours = train_imagenet.learning_rate(cfg, epoch + (FFCV_STEPS - 1) / FFCV_STEPS)
+        ours = recipe.learning_rate(cfg, epoch + (FFCV_STEPS - 1) / FFCV_STEPS)
         assert ours == pytest.approx(row["lr_at_epoch_end"], rel=1e-5), epoch
 
 
 @pytest.mark.parametrize("epochs", FFCV_EPOCHS)
 def test_the_resolution_switches_in_the_epoch_in_which_ffcvs_log_slows_down(epochs):
-    cfg = recipe(f"rn50_{epochs}_epochs")
+    cfg = config_of(f"rn50_{epochs}_epochs")
     ends = [row["elapsed_seconds"] for row in ffcv_log(epochs)]
     seconds = [after - before for before, after in zip(ends, ends[1:], strict=False)]
     # 49 s at 160 px, 65 s at 192 px; the first epoch, which is not here, has start-up in it
     published = [160, *(160 if second < 57 else 192 for second in seconds)]
-    assert [train_imagenet.epoch_resolution(cfg, epoch) for epoch in range(epochs)] == published
+    assert [recipe.resolution(cfg, epoch) for epoch in range(epochs)] == published
 
 
 @pytest.mark.parametrize("name", ["rn50_mild_36", "rn50_mild_60", "rn50_78"])
 def test_mild_recipes_follow_mosaicmls_formulas(name):
-    cfg = recipe(name)
+    cfg = config_of(name)
     epochs = cfg.training.epochs
     for epoch in range(epochs):
         progress = min(max((epoch / epochs - 0.4) / 0.4, 0), 1)
         exact = 176 * (0.5 + 0.5 * progress)
-        ours = train_imagenet.epoch_resolution(cfg, epoch)
+        ours = recipe.resolution(cfg, epoch)
         assert ours % 4 == 0
         # where the ramp's ends are whole epochs the same, else nearly: 40 % of 36 epochs is 14.4
         assert abs(ours - exact) <= (2 if epochs % 5 == 0 else 5), epoch
         if epoch >= 8:
-            assert train_imagenet.learning_rate(cfg, epoch) == pytest.approx(
+            assert recipe.learning_rate(cfg, epoch) == pytest.approx(
                 2.048 * (1 + math.cos(math.pi * (epoch - 8) / (epochs - 8))) / 2
             )
-    assert [train_imagenet.learning_rate(cfg, epoch) for epoch in (0, 2, 8)] == pytest.approx([0, 0.512, 2.048])
+    assert [recipe.learning_rate(cfg, epoch) for epoch in (0, 2, 8)] == pytest.approx([0, 0.512, 2.048])
     assert round(224 / cfg.validation.crop_ratio) == 232
 
 
 @pytest.mark.parametrize("name", ["rn50_mild_36", "rn50_mild_60", "rn50_78"])
 def test_coupled_decay_pulls_as_hard_as_mosaicmls_decoupled_one(name):
-    training = recipe(name).training
+    training = config_of(name).training
     layer = nn.Linear(1, 1, bias=False)
     layer.weight.data.fill_(1.0)
     optimizer = build_optimizer(
@@ -117,12 +116,12 @@ def test_coupled_decay_pulls_as_hard_as_mosaicmls_decoupled_one(name):
     ],
 )
 def test_baseline_rates_are_those_of_torchs_schedulers(name, scheduler):
-    cfg = recipe(f"rn50_baseline_90_{name}")
+    cfg = config_of(f"rn50_baseline_90_{name}")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     theirs = scheduler(optimizer)
     for epoch in range(90):
-        assert train_imagenet.learning_rate(cfg, epoch) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
-        assert train_imagenet.epoch_resolution(cfg, epoch) == 224
+        assert recipe.learning_rate(cfg, epoch) == pytest.approx(theirs.get_last_lr()[0], abs=1e-12)
+        assert recipe.resolution(cfg, epoch) == 224
         optimizer.step()
         theirs.step()
 
@@ -141,7 +140,7 @@ def blurred():
 
 
 def test_what_decays_differs_from_ffcvs_name_match_by_what_the_header_says(blurred):
-    decayed, plain = parameter_groups(blurred, weight_decay=1e-4, decay=recipe("rn50_56_epochs").training.decay)
+    decayed, plain = parameter_groups(blurred, weight_decay=1e-4, decay=config_of("rn50_56_epochs").training.decay)
     names = {id(parameter): name for name, parameter in blurred.named_parameters()}
     ours = {names[id(parameter)] for parameter in decayed["params"]}
     ffcvs = {name for name in names.values() if "bn" not in name}

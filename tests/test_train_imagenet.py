@@ -13,18 +13,18 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from fastargs import get_current_config
 from torch import nn
 
 import train_imagenet
-from rn50 import config
+from rn50 import config, learner, recipe
 from rn50.augment import normalize
 from rn50.errors import RunError, UsageError
 from rn50.files import read_rows
 from rn50.publishing import export
-from rn50.training import checkpoint
+from rn50.training import checkpoint, session
 from rn50.training.progress import Progress
 from tests import tiny_model
 from tests.conftest import ROOT
@@ -69,13 +69,10 @@ def assert_refused(result, status, *words):
 
 
 def load(flags):
-    """The script's own settings from `flags`; fastargs keeps those of every script that was ever imported."""
-    entries = get_current_config().entries
-    foreign = {path: entries.pop(path) for path in list(entries) if path[0] in ("source", "out")}
-    try:
-        return config.load("", flags)
-    finally:
-        entries.update(foreign)
+    """The settings of `flags`, checked as the script checks them."""
+    cfg = recipe.load("", flags)
+    session.check(cfg)
+    return cfg
 
 
 @pytest.fixture(scope="module")
@@ -193,8 +190,8 @@ def test_what_only_moves_a_run_may_change(finished):
     current["validation"]["every"] = 9
     refuse = partial(
         config.refuse_change,
-        sections=train_imagenet.RECIPE_SECTIONS,
-        free=train_imagenet.NOT_RECIPE,
+        sections=recipe.RECIPE_SECTIONS,
+        free=recipe.NOT_RECIPE,
         folder=finished.run,
         defaults={"model": {"blurpool": False}},
     )
@@ -344,10 +341,8 @@ def workers(agent):
 )
 def test_impossible_settings_are_refused_in_words(overrides, words):
     flags = command("betons", "runs", **overrides)[2:]
-    with pytest.raises(UsageError) as refusal:  # noqa: PT012
-        cfg = load(flags)
-        train_imagenet.check(cfg)
-        train_imagenet.check_batch(cfg, 1)
+    with pytest.raises(UsageError) as refusal:
+        recipe.check_batch(load(flags), 1)
     for word in words:
         assert word in str(refusal.value)
 
@@ -380,25 +375,23 @@ def test_a_truncated_beton_is_one_line_and_status_1(betons, tmp_path):
     assert_refused(run(tmp_path, tmp_path / "runs"), 1, "train_64.beton")
 
 
+def small_learner(**overrides):
+    """A Learner of ResNet-18 for three classes on the CPU."""
+    flags = command("betons", "runs", training__precision="fp32", **overrides)[2:]
+    return learner.Learner(load(flags), classes=3, device=torch.device("cpu"))
+
+
 def test_accumulated_gradients_are_those_of_the_whole_batch():
     torch.manual_seed(0)
     images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
     labels = torch.arange(8) % 3
-    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
-    stand_in = SimpleNamespace(
-        cfg=SimpleNamespace(
-            data=SimpleNamespace(brightness=0, contrast=0, saturation=0),
-            training=SimpleNamespace(loss="cross_entropy", label_smoothing=0.1),
-        ),
-        model=network,
-        autocast=partial(torch.autocast, "cpu", enabled=False),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-    )
+    made, network = small_learner(), nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    made.model = network
 
     def gradient(micro_batches):
         network.zero_grad()
         losses = [
-            train_imagenet.forward_backward(stand_in, x, y, micro_batches)
+            made.forward_backward(x, y, micro_batches)
             for x, y in zip(images.chunk(micro_batches), labels.chunk(micro_batches), strict=True)
         ]
         return sum(losses), network[1].weight.grad.clone()
@@ -407,35 +400,53 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
         torch.testing.assert_close(parts, whole)
 
 
+def test_a_step_takes_its_micro_batches_and_moves_weights_and_average():
+    made = small_learner(model__ema_half_life=5)
+    made.train()
+    before = copy.deepcopy(made.state())
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    micro_batches = iter([(images, torch.arange(4) % 3, np.arange(4))] * 3)
+    loss = made.step(micro_batches, accumulation=2, learning_rate=0.1, epoch=0)
+    assert len(list(micro_batches)) == 1
+    assert loss.dtype == torch.float64
+    assert 0.5 < loss < 5
+    for part in ("model", "ema"):
+        moved, there = (state[part].get("model", state[part]) for state in (made.state(), before))
+        assert not torch.equal(moved["fc.weight"], there["fc.weight"])
+    made.restore(before)
+    for key, tensor in before["model"].items():
+        assert torch.equal(made.network.state_dict()[key], tensor)
+
+
 def test_a_resumed_epoch_adds_up_its_loss_on_its_device():
     """In a checkpoint it is on the CPU; nothing else here is on another device, so meta stands for a GPU."""
-    network, progress = nn.Linear(1, 1), Progress()
-    run = SimpleNamespace(network=network, ema=None, progress=progress, device=torch.device("meta"))
-    of_some_steps = vars(Progress(loss_sum=torch.ones((), dtype=torch.float64)))
-    train_imagenet.restore_weights(run, {"model": network.state_dict(), "ema": None, "progress": of_some_steps})
+    progress = Progress()
+    progress.restore(vars(Progress(loss_sum=torch.ones((), dtype=torch.float64))), torch.device("meta"))
     progress.loss_sum += torch.ones((), dtype=torch.float64, device="meta")
 
 
 def test_the_largest_step_is_tried_before_the_first_and_leaves_no_trace(betons, monkeypatch):
     flags = command(betons, "runs", model__ema_half_life=5, validation__batch_size=8)[2:]
-    run = train_imagenet.build_run(load(flags), Progress())
-    before, shapes = copy.deepcopy(run.network.state_dict()), []
-    monkeypatch.setattr(train_imagenet, "normalize", lambda images: shapes.append(images.shape) or normalize(images))
-    train_imagenet.try_largest(run)
+    run = session.Session(load(flags), Progress())
+    train_imagenet.build(run)
+    network = run.learner.network
+    before, shapes = copy.deepcopy(network.state_dict()), []
+    monkeypatch.setattr(learner, "normalize", lambda images: shapes.append(images.shape) or normalize(images))
+    run.try_largest()
     assert shapes == [(20, 3, 48, 48), (8, 3, 64, 64)]
-    assert all(torch.equal(before[name], tensor) for name, tensor in run.network.state_dict().items())
-    assert all(parameter.grad is None for parameter in run.network.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
 
     def no_room(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB.\nmore of it")
 
-    monkeypatch.setattr(train_imagenet, "forward_backward", no_room)
+    monkeypatch.setattr(run.learner, "forward_backward", no_room)
     with pytest.raises(UsageError, match=r"at 48 px with training.micro_batch=20: .* allocate 20 MiB\.$"):
-        train_imagenet.try_largest(run)
+        run.try_largest()
     with pytest.raises(RunError, match="at 32 px with training.micro_batch=20"):
         train_imagenet.train_one_epoch(run)
     run.progress.epoch = 3
-    train_imagenet.try_largest(run)
+    run.try_largest()
 
 
 @pytest.mark.parametrize(
@@ -443,5 +454,4 @@ def test_the_largest_step_is_tried_before_the_first_and_leaves_no_trace(betons, 
 )
 def test_every_config_is_complete_and_possible(path):
     cfg = load(["--config-file", str(path), "--data.dir=betons"])
-    train_imagenet.check(cfg)
-    train_imagenet.check_batch(cfg, 1)
+    recipe.check_batch(cfg, 1)

@@ -23,12 +23,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rn50.training import checkpoint  # noqa: E402
-from rn50.ema import EMA  # noqa: E402
-from rn50.losses import cross_entropy  # noqa: E402
+from rn50 import recipe  # noqa: E402
+from rn50.learner import Learner  # noqa: E402
 from rn50.machine import commit, processor  # noqa: E402
-from rn50.model import build_model  # noqa: E402
-from rn50.optimizer import FiniteSteps, build_optimizer, set_learning_rate  # noqa: E402
+from rn50.training import checkpoint  # noqa: E402
 
 # Assumed, and low: PCIe 3 x16 carries 16 GB/s in theory, into the host's pageable memory a fraction of that.
 GPU_COPY_GB_PER_S = 3.0
@@ -98,33 +96,20 @@ def measure(folder, options):
 
 def training(batch, size):
     """A function that makes one step, and one that gives the state a checkpoint would have."""
-    torch.manual_seed(0)
-    network = build_model(arch="resnet50", num_classes=1000).to(memory_format=torch.channels_last)
-    optimizer = build_optimizer(network, momentum=0.9, nesterov=False, weight_decay=1e-4, decay="weights")
-    set_learning_rate(optimizer, 0.1)
-    finite = FiniteSteps(network, optimizer, torch.amp.GradScaler("cpu", enabled=False))
-    finite.remember()
-    ema = EMA(network, half_life=100)
-    images = torch.randn(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-    labels = torch.arange(batch)
+    settings = {"training.epochs": 1, "training.batch_size": batch, "training.micro_batch": batch}
+    settings |= {"training.precision": "fp32", "model.ema_half_life": 100, "lr.warmup_epochs": 0}
+    settings |= {"data.dir": "none", "logging.run_name": "none"}
+    cfg = recipe.load("", [f"--{key}={value}" for key, value in settings.items()])
+    learner = Learner(cfg, classes=1000, device=torch.device("cpu"))
+    learner.train()
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    images = images.contiguous(memory_format=torch.channels_last)
+    micro_batch = images, torch.arange(batch), np.arange(batch)
 
     def train():
-        loss = cross_entropy(network(images), labels)
-        loss.backward()
-        finite.step(loss.detach())
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(network)
+        learner.step(iter([micro_batch]), accumulation=1, learning_rate=0.1, epoch=0)
 
-    def state():
-        return {
-            "model": network.state_dict(),
-            "ema": ema.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "finite": finite.state_dict(),
-            "step": 0,
-        }
-
-    return train, state
+    return train, lambda: learner.state() | {"step": 0}
 
 
 def clocks():

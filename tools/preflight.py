@@ -14,32 +14,28 @@ import itertools
 import json
 import math
 import os
-import runpy
 import subprocess
 import time
 from contextlib import closing
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from rn50 import config
-from rn50.augment import normalize
+from rn50 import config, recipe
 from rn50.command import run
 from rn50.data import loaders
-from rn50.ema import EMA
 from rn50.errors import RunError, UsageError
 from rn50.files import write_result
-from rn50.losses import binary_cross_entropy, cross_entropy
+from rn50.learner import Learner
 from rn50.machine import commit, cores, memory_bytes
-from rn50.model import build_model
-from rn50.optimizer import build_optimizer, set_learning_rate
 from rn50.planning import costs
-from rn50.precision import autocast_dtype
 from rn50.training import distributed
 from rn50.training.progress import Waiting
+from rn50.training.session import check
 
-ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_STEPS = 2
+RATE = 1e-4  # what is learned does not count here
 STAGING_SECONDS = 20.0
 # Above this share of waiting, decoding and not the GPU sets the pace.
 WAITING = 0.1
@@ -49,19 +45,17 @@ def main():
     args, settings = arguments()
     table = costs.read_table()
     price = dollars_per_hour(table, args)
-    # the script's own declared keys and checks; none of its training runs
-    script = runpy.run_path(str(ROOT / "train_imagenet.py"), run_name="train_imagenet")
-    cfg = config.load("", [f"--config-file={args.config}", f"--data.dir={args.data}", *settings])
-    script["check"](cfg)
+    cfg = recipe.load("", [f"--config-file={args.config}", f"--data.dir={args.data}", *settings])
+    check(cfg)
     device, _, _ = distributed.setup(cfg.training.device)
-    schedule = [script["epoch_resolution"](cfg, epoch) for epoch in range(cfg.training.epochs)]
+    schedule = [recipe.resolution(cfg, epoch) for epoch in range(cfg.training.epochs)]
     rungs = loaders.find_rungs(cfg.data.dir, "train")
     sides = {px: loaders.training_rung(rungs, px, cfg.data.rung) for px in sorted(set(schedule))}
     # before the rest, which would be lost with a source that is not there
     staging = staging_speed(args.source, Path(args.data)) if args.source else None
     print(f"staging {staging:.0f} MB/s" if staging else "staging not measured (no --source): assumed", flush=True)
-    step = make_step(cfg, device, num_classes=rungs[max(rungs)].num_classes)
-    micro = largest_micro_batch(step, device, cfg.training.micro_batch, max(schedule))
+    learner = Learner(cfg, classes=rungs[max(rungs)].num_classes, device=device)
+    micro = largest_micro_batch(learner, cfg.training.micro_batch, max(schedule))
     print(f"micro-batch {micro} fits at {max(schedule)} px", flush=True)
     rows = []
     for px in spread(sides, 3):
@@ -75,7 +69,7 @@ def main():
             workers=cfg.data.workers or cores(),
             timeout=60 * cfg.data.timeout_minutes,
         )
-        row = {"resolution": px, "rung": sides[px], **measure(loader, step, device, cfg, px, micro, args.seconds)}
+        row = {"resolution": px, "rung": sides[px], **measure(loader, learner, cfg, px, micro, args.seconds)}
         rows.append(row)
         print(
             f"{px} px from rung {sides[px]}: loader {row['loader_images_per_second']:.0f} images/s, training "
@@ -111,48 +105,21 @@ def main():
     print(f"go: at most ${report['dollars_high']:.2f} of ${args.budget:g}")
 
 
-def make_step(cfg, device, num_classes):
-    """step(images, labels, update): forward and backward of one micro-batch, and with `update` the optimizer's step."""
-    layout = torch.channels_last if cfg.training.channels_last else torch.contiguous_format
-    keys = ("arch", "blurpool", "blur_maxpool", "zero_init_last_bn", "log_prior_bias")
-    network = build_model(num_classes=num_classes, **{key: getattr(cfg.model, key) for key in keys})
-    network = network.to(device, memory_format=layout).train()
-    model = torch.compile(network) if cfg.training.compile else network
-    keys = ("momentum", "nesterov", "weight_decay", "decay")
-    optimizer = build_optimizer(network, **{key: getattr(cfg.training, key) for key in keys})
-    set_learning_rate(optimizer, 1e-4)
-    ema = EMA(network, half_life=cfg.model.ema_half_life) if cfg.model.ema_half_life else None
-    dtype = autocast_dtype(cfg.training.precision, device)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    criterion = binary_cross_entropy if cfg.training.loss == "bce" else cross_entropy
-
-    def step(images, labels, update):
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            logits = model(normalize(images))
-        scaler.scale(criterion(logits, labels, smoothing=cfg.training.label_smoothing)).backward()
-        if update:
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            if ema:
-                ema.update(network)
-
-    return step
-
-
 def finish(device):
     """Wait for what the GPU still has to do: kernels are only queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def largest_micro_batch(step, device, micro, px):
+def largest_micro_batch(learner, micro, px):
     """`micro`, halved until a step at `px` pixels fits the GPU's memory."""
     while micro:
         try:
-            images = torch.zeros(micro, 3, px, px, dtype=torch.uint8, device=device)
-            step(images, torch.zeros(micro, dtype=torch.int64, device=device), update=True)
-            finish(device)
+            images = torch.zeros(micro, 3, px, px, dtype=torch.uint8, device=learner.device)
+            labels = torch.zeros(micro, dtype=torch.int64, device=learner.device)
+            learner.train()
+            learner.step(iter([(images, labels, np.arange(micro))]), accumulation=1, learning_rate=RATE, epoch=0)
+            finish(learner.device)
             return micro
         except torch.cuda.OutOfMemoryError:
             torch.cuda.empty_cache()
@@ -168,50 +135,58 @@ def spread(values, count):
     return [values[round(k * (len(values) - 1) / (count - 1))] for k in range(count)]
 
 
-def measure(loader, step, device, cfg, px, micro, seconds):
+def measure(loader, learner, cfg, px, micro, seconds):
     """images/s of the loader alone, then of training from it, and the share of training time spent waiting."""
-    alone, _ = timed(loader, cfg, device, px, lambda images, labels, update: None, micro, seconds)
-    training, waiting = timed(loader, cfg, device, px, step, micro, seconds)
+    accumulation = max(1, cfg.training.batch_size // micro)
+    learner.train()
+
+    def train(micro_batches):
+        learner.step(micro_batches, accumulation=accumulation, learning_rate=RATE, epoch=0)
+
+    alone, _ = timed(loader, cfg, learner.device, px, next, micro, seconds)
+    training, waiting = timed(loader, cfg, learner.device, px, train, micro, seconds)
     return {
         "loader_images_per_second": round(alone, 1),
         "training_images_per_second": round(training, 1),
         "data_wait_fraction": round(waiting, 4),
-        "limited_by": "GPU" if waiting < WAITING and device.type == "cuda" else "CPU",
+        "limited_by": "GPU" if waiting < WAITING and learner.device.type == "cuda" else "CPU",
     }
 
 
 def timed(loader, cfg, device, px, step, micro, seconds):
-    """(images/s, share of waiting) of `step` on batches of as many epochs as `seconds` take, after a warm-up."""
+    """(images/s, share of waiting) of step(micro-batches), each time it returns, for `seconds` after a warm-up."""
     kind = loaders.choose_order(loader.info, cfg.data.order)
     if kind == "page":
         # what a run reads from disk must not come from memory here
         with open(loader.info.path, "rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    accumulation = max(1, cfg.training.batch_size // micro)
-    done, waiting, images_done, started = 0, Waiting(device), 0, None
-    for epoch in itertools.count():
-        order = loaders.epoch_order(loader.info, kind, seed=cfg.training.seed, epoch=epoch)
-        order = order[: len(order) // micro * micro]
-        if not len(order):
-            raise RunError(f"{loader.info.path} has fewer images than one micro-batch of {micro}")
-        with loader.batches(order, px, epoch=epoch, read_ahead=kind == "page") as batches, closing(batches):
-            while True:
-                with waiting.for_data():
-                    batch = next(batches, None)
-                if batch is None:
-                    break
-                step(*batch, update=(done + 1) % accumulation == 0)
-                done += 1
-                if done == WARM_UP_STEPS:
-                    finish(device)
-                    waiting.lap()
-                    started, images_done = time.perf_counter(), 0
-                else:
-                    images_done += len(batch[0])
-                if started and time.perf_counter() - started > seconds:
-                    finish(device)
-                    spent = time.perf_counter() - started
-                    return images_done / spent, min(1.0, waiting.lap() / spent)
+    waiting, images = Waiting(device), 0
+
+    def micro_batches():
+        nonlocal images
+        for epoch in itertools.count():
+            order = loaders.epoch_order(loader.info, kind, seed=cfg.training.seed, epoch=epoch)
+            order = order[: len(order) // micro * micro]
+            if not len(order):
+                raise RunError(f"{loader.info.path} has fewer images than one micro-batch of {micro}")
+            with loader.batches(order, px, epoch=epoch, read_ahead=kind == "page") as batches, closing(batches):
+                for samples in order.reshape(-1, micro):
+                    with waiting.for_data():
+                        batch = next(batches)
+                    images += micro
+                    yield *batch, samples
+
+    with closing(micro_batches()) as endless:
+        for _ in range(WARM_UP_STEPS):
+            step(endless)
+        finish(device)
+        waiting.lap()
+        started, images = time.perf_counter(), 0
+        while time.perf_counter() - started <= seconds:
+            step(endless)
+        finish(device)
+        spent = time.perf_counter() - started
+        return images / spent, min(1.0, waiting.lap() / spent)
 
 
 def share_among(rows, gpus, speeds):

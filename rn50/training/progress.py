@@ -39,6 +39,12 @@ class Progress:
     def epochs(self):
         return self.epoch + self.epoch_step / self.epoch_steps
 
+    def restore(self, saved, device):
+        """Take over `saved`, the values of another; its sum of losses goes to `device`."""
+        vars(self).update(saved)
+        if isinstance(self.loss_sum, torch.Tensor):
+            self.loss_sum = self.loss_sum.to(device)
+
     def count_step(self, *, images, seconds, cpu_seconds):
         self.epoch_step += 1
         self.step += 1

@@ -1,0 +1,157 @@
+"""The network and what changes it: one training step, for training, preflight and benchmarks alike."""
+
+import contextlib
+import copy
+from functools import partial
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from rn50.augment import color_jitter, jitter_factors, normalize
+from rn50.ema import EMA
+from rn50.errors import RunError
+from rn50.losses import binary_cross_entropy, cross_entropy
+from rn50.model import build_model
+from rn50.optimizer import FiniteSteps, build_optimizer, set_learning_rate
+from rn50.precision import autocast_dtype
+
+
+class Learner:
+    """Network, EMA, optimizer and scaler of a recipe, at their beginning.
+
+    cfg: the recipe's settings. classes: of the data. device: a torch.device. world_size: ranks; above 1 the process
+    group is there already. total: sums a tensor over all ranks, in place, and returns it.
+
+    network: the bare one, so that checkpoints have plain keys; model: the same, compiled and distributed as asked for.
+    ema: an EMA or None. autocast: makes the context in which a forward pass runs. precision: its dtype.
+    """
+
+    def __init__(self, cfg, *, classes, device, world_size=1, total=lambda tensor: tensor):
+        self.cfg, self.device, self.world_size, self._total = cfg, device, world_size, total
+        training = cfg.training
+        torch.manual_seed(training.seed)
+        network = build_model(
+            arch=cfg.model.arch,
+            num_classes=classes,
+            blurpool=cfg.model.blurpool,
+            blur_maxpool=cfg.model.blur_maxpool,
+            zero_init_last_bn=cfg.model.zero_init_last_bn,
+            log_prior_bias=cfg.model.log_prior_bias,
+        )
+        layout = torch.channels_last if training.channels_last else torch.contiguous_format
+        self.network = network.to(device, memory_format=layout)
+        self.model = torch.compile(self.network) if training.compile else self.network
+        if world_size > 1:
+            self.model = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
+        self.precision = autocast_dtype(training.precision, device)
+        enabled = self.precision != torch.float32
+        self.autocast = partial(torch.autocast, device.type, dtype=self.precision, enabled=enabled)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == torch.float16)
+        self.optimizer = build_optimizer(
+            self.network,
+            momentum=training.momentum,
+            nesterov=training.nesterov,
+            weight_decay=training.weight_decay,
+            decay=training.decay,
+        )
+        self.ema = EMA(self.network, half_life=cfg.model.ema_half_life) if cfg.model.ema_half_life else None
+        self.finite = FiniteSteps(self.network, self.optimizer, self.scaler)
+
+    def train(self):
+        """Make ready for training steps: after an evaluation, and before the first."""
+        self.model.train()
+        self.finite.remember()
+
+    def step(self, micro_batches, *, accumulation, learning_rate, epoch):
+        """One optimizer step over `accumulation` micro-batches; returns its loss.
+
+        micro_batches: an iterator of (images uint8 [n, 3, H, W], labels int64 [n], samples int64 [n]); samples are the
+        images' numbers in the file, from which their colours are drawn. The loss is a float64 scalar on the device, in
+        nats: the mean over the images of all ranks, or zero where the step was left out (FiniteSteps).
+        """
+        set_learning_rate(self.optimizer, learning_rate)
+        loss = torch.zeros((), dtype=torch.float64, device=self.device)
+        for number in range(1, accumulation + 1):
+            images, labels, samples = next(micro_batches)
+            images = self._jitter(images, samples, epoch)
+            with contextlib.nullcontext() if number == accumulation else self._without_reduction():
+                loss += self.forward_backward(images, labels, accumulation)
+        loss = self.finite.step(self._total(loss) / self.world_size)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.network)
+        return loss
+
+    def forward_backward(self, images, labels, accumulation, model=None):
+        """Gradients of one micro-batch, scaled so that those of a step add up to the mean; returns its loss's share.
+
+        model: in place of the learner's own.
+        """
+        criterion = binary_cross_entropy if self.cfg.training.loss == "bce" else cross_entropy
+        with self.autocast():
+            logits = (model or self.model)(normalize(images))
+        loss = criterion(logits, labels, smoothing=self.cfg.training.label_smoothing) / accumulation
+        self.scaler.scale(loss).backward()
+        return loss.detach()
+
+    def try_step(self, images, px):
+        """A forward and backward pass of `images` black images, on a copy of the network: it leaves no trace.
+
+        torch.OutOfMemoryError where they do not fit.
+        """
+        network = copy.deepcopy(self.network).train()  # the own one would count this batch in its BatchNorms
+        labels = torch.zeros(images, dtype=torch.int64, device=self.device)
+        self.forward_backward(self._black(images, px), labels, 1, model=network)
+
+    def try_evaluation(self, images, px):
+        """A forward pass of `images` black images, as an evaluation makes it."""
+        network = copy.deepcopy(self.network).eval()
+        with torch.inference_mode(), self.autocast():
+            network(normalize(self._black(images, px)))
+
+    def evaluated(self):
+        """The network that is evaluated: the EMA's, or the trained one where there is no EMA."""
+        return self.ema.model if self.ema else self.network
+
+    def state(self):
+        """Tensors and plain values, from which `restore` goes on."""
+        return {
+            "model": self.network.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "finite": self.finite.state_dict(),
+        }
+
+    def restore(self, saved):
+        """Go on where `saved`, a `state`, was taken."""
+        self.restore_weights(saved)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scaler.load_state_dict(saved["scaler"])
+        self.finite.load_state_dict(saved["finite"])
+
+    def restore_weights(self, saved):
+        """Take over the weights alone, whatever recipe made them. RunError where they are of another network."""
+        try:
+            self.network.load_state_dict(saved["model"])
+        except RuntimeError as error:
+            reason = str(error).splitlines()[-1].strip()
+            raise RunError(f"the checkpoint does not fit this section 'model' and these classes: {reason}") from error
+        self.ema = (self.ema or EMA(self.network, half_life=1)) if saved["ema"] else None
+        if self.ema:
+            self.ema.load_state_dict(saved["ema"])
+
+    def _jitter(self, images, samples, epoch):
+        """`images` with the colours that this epoch gives these samples."""
+        strengths = {name: getattr(self.cfg.data, name) for name in ("brightness", "contrast", "saturation")}
+        if not any(strengths.values()):
+            return images
+        return color_jitter(images, jitter_factors(samples, **strengths, seed=self.cfg.training.seed, epoch=epoch))
+
+    def _without_reduction(self):
+        """DDP adds up gradients over the ranks in the last micro-batch of a step only."""
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else contextlib.nullcontext()
+
+    def _black(self, images, px):
+        pixels = torch.zeros(images, px, px, 3, dtype=torch.uint8, device=self.device)
+        return pixels.permute(0, 3, 1, 2)

@@ -1,0 +1,399 @@
+"""What keeps a run alive around its loop: ranks, folder, resuming, money, log, checkpoints, and how it ends."""
+
+import contextlib
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from rn50 import config, recipe
+from rn50.data import loaders
+from rn50.data.beton import fingerprint, refuse_others
+from rn50.errors import RunError, Stopped, UsageError
+from rn50.evaluate import report_lines
+from rn50.machine import cores, memory_bytes
+from rn50.planning import budget
+from rn50.planning.forecast import forecast, label_warnings
+from rn50.precision import dtype_name
+from rn50.training import checkpoint, distributed, interruption
+from rn50.training.mirror import Mirror
+from rn50.training.progress import Bar, Progress, Stopwatch, Waiting
+from rn50.training.run_folder import RunLog, describe_environment, make_folder, recorded
+
+# Seconds that a finished run waits for room on a full disk, and one that fails for the checkpoint it is writing.
+DISK_PATIENCE, FAILURE_PATIENCE = 600.0, 30.0
+
+
+def check(cfg):
+    """UsageError where this machine, or what is known of prices, cannot do what `cfg` asks for."""
+    distributed.choose_device(cfg.training.device)
+    if cfg.budget.max_dollars is not None and budget.price(**prices(cfg)) is None:
+        raise UsageError("budget.max_dollars needs budget.dollars_per_hour or budget.instance")
+    budget.price(**prices(cfg))
+
+
+def prices(cfg):
+    return {key: getattr(cfg.budget, key) for key in ("dollars_per_hour", "instance", "spot")}
+
+
+@contextlib.contextmanager
+def training_session(cfg):
+    """A Session whose end, however it comes, leaves a checkpoint, status.json and the mirror as they should be."""
+    folder, progress = run_folder(cfg), Progress()
+    if distributed.local_rank() == 0:
+        interruption.watch_ec2()
+    with contextlib.ExitStack() as at_last, recorded(folder, progress, rank=distributed.rank()), distributed.contact():
+        session = Session(cfg, progress)
+        if session.rank == 0 and cfg.logging.mirror:
+            session.mirror = Mirror(cfg.logging.mirror, folder=folder, warn=session.warn)
+            at_last.callback(session.mirror.put_records)
+        try:
+            yield session
+        except Stopped as stop:
+            session.stop(stop)
+            raise
+        except Exception:
+            if session.checkpoints:
+                session.checkpoints.finish(FAILURE_PATIENCE)
+            raise
+        if session.log:
+            session.checkpoints.finish(DISK_PATIENCE, required=True)
+            session.log.close()
+        distributed.shutdown()
+
+
+def run_folder(cfg):
+    return Path(cfg.logging.folder) / cfg.logging.run_name
+
+
+class Session:
+    """One command's part of a run, on one rank.
+
+    `attach` gives it what it looks after, `resume` goes on from the newest checkpoint. Only rank 0 has a log,
+    checkpoints, a mirror and a guard of the money; what it decides, the others are told.
+    """
+
+    def __init__(self, cfg, progress):
+        self.cfg, self.progress, self.folder = cfg, progress, run_folder(cfg)
+        patience = 60 * cfg.data.timeout_minutes + 300
+        self.device, self.rank, self.world_size = distributed.setup(cfg.training.device, timeout=patience)
+        recipe.check_batch(cfg, self.world_size)
+        self.say = partial(print, flush=True) if self.rank == 0 else lambda *args: None
+        self.log = self.checkpoints = self.mirror = self.guard = None
+        self._in_a_row = 0
+
+    def warn(self, message):
+        self.say(f"warning: {message}")
+
+    def attach(self, learner, train, val):
+        """What the run is of: its Learner and the two Ladders."""
+        self.learner, self.train, self.val = learner, train, val
+        self.betons = {Path(info.path).name: fingerprint(info) for info in [*train.rungs.values(), *val.rungs.values()]}
+
+    # --- Beginning ---------------------------------------------------------------------------------------------------
+
+    def resume(self):
+        """Take over the newest checkpoint, if there is one; open the log; end where a stop was asked for already."""
+        cfg, progress = self.cfg, self.progress
+        saved = None
+        if self.rank == 0:
+            make_folder(self.folder)
+            saved = checkpoint.newest(self.folder, warn=self.warn, mirror=self.mirror)
+        saved, betons = distributed.from_rank_0((saved, self.betons))
+        refuse_others(betons, self.betons, "which rank 0 reads")
+        if saved:
+            recipe.refuse_change(saved["config"], cfg, self.folder)
+            refuse_others(saved["betons"], self.betons, f"which the run in {self.folder} was started with")
+            self.learner.restore(saved)
+            progress.restore(saved["progress"], self.device)
+            self.say(
+                f"resuming {self.folder} at step {progress.step}: "
+                f"after epoch {progress.epoch} of {cfg.training.epochs} and {progress.epoch_step} steps"
+            )
+        self._announce()
+        self._guard_money()
+        if self.rank == 0:
+            self._open_log()
+        self.stop_if_asked()
+        if self.device.type == "cuda":
+            self.try_largest()
+
+    def load_weights(self):
+        """Take over the weights of training.checkpoint, or of the run's last, whatever recipe made them."""
+        saved = checkpoint.load(self.cfg.training.checkpoint or self.folder / checkpoint.LAST)
+        self.learner.restore_weights(saved)
+        self.progress.restore(saved["progress"], self.device)
+
+    def _announce(self):
+        cfg, info = self.cfg, self.train.info
+        batch, micro = cfg.training.batch_size, cfg.training.micro_batch
+        accumulation = batch // (micro * self.world_size)
+        self.say(
+            f"{cfg.model.arch} on {self.device} in {dtype_name(self.learner.precision)}, {info.num_samples} training "
+            f"images of {info.num_classes} classes, "
+            f"{cfg.training.epochs} epochs at {cfg.resolution.start} to {cfg.resolution.end} px; batch {batch} = "
+            f"{micro} x {self.world_size} ranks x {accumulation} accumulated, peak learning rate "
+            f"{recipe.peak_learning_rate(cfg):g}; "
+            f"{loaders.choose_order(info, cfg.data.order)} order; run folder {self.folder}"
+        )
+
+    def _open_log(self):
+        self.checkpoints = checkpoint.Writer(self.folder, step=self.progress.step, warn=self.warn, mirror=self.mirror)
+        environment = describe_environment(
+            device=self.device,
+            world_size=self.world_size,
+            betons=[*self.train.rungs.values(), *self.val.rungs.values()],
+        )
+        self.log = RunLog(
+            self.folder,
+            config=config.to_dict(self.cfg),
+            environment={"precision": dtype_name(self.learner.precision)} | environment,
+            rows=self.progress.rows,
+            warn=self.warn,
+        )
+
+    def _guard_money(self):
+        """Start the meter where there is a price; refuse a schedule that is projected to cost more than there is."""
+        cfg, price = self.cfg, budget.price(**prices(self.cfg))
+        if price is None:
+            return
+        refusal = None
+        if self.rank == 0:
+            machines = -(-self.world_size // distributed.ranks_on_this_node())
+            self.guard = budget.Guard(
+                self.folder,
+                config=config.to_dict(cfg),
+                progress=self.progress,
+                images=self.train.info.num_samples,
+                validation_images=self.val.info.num_samples,
+                dollars_per_hour=price * machines,
+            )
+            refusal, unknown = self.guard.refusal(
+                rung=loaders.training_rung(self.train.rungs, cfg.resolution.end, cfg.data.rung),
+                gpu_name=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
+                gpus=self.world_size,
+                machines=machines,
+                vcpus=cores(),
+                memory_gib=memory_bytes() / 2**30,
+            )
+            if unknown:
+                self.say(unknown)
+        refusal = distributed.from_rank_0(refusal)
+        if refusal and not cfg.budget.allow_overrun:
+            raise UsageError(f"{refusal}; budget.allow_overrun=true begins it nevertheless and stops at the limit")
+        if refusal:
+            self.warn(refusal)
+
+    def try_largest(self):
+        """UsageError where the largest step or evaluation does not fit: not after hours, when the resolution rises."""
+        cfg, left = self.cfg, range(self.progress.epoch, self.cfg.training.epochs)
+        if not left:
+            return
+        px, micro = max(recipe.resolution(cfg, epoch) for epoch in left), cfg.training.micro_batch
+        with self.fitting(f"{px} px with training.micro_batch={micro}", UsageError):
+            self.learner.try_step(micro, px)
+            if self.device.type == "cuda":
+                taken = torch.cuda.max_memory_reserved(self.device)
+                there_is = torch.cuda.mem_get_info(self.device)[1]
+                self.say(f"{micro} images of {px} px take {taken / 2**30:.1f} of the GPU's {there_is / 2**30:.1f} GiB")
+        px, images = max(cfg.validation.resolutions), cfg.validation.batch_size
+        with self.fitting(f"{px} px with validation.batch_size={images}", UsageError):
+            self.learner.try_evaluation(images, px)
+
+    @contextlib.contextmanager
+    def fitting(self, what, refusal=RunError):
+        """One line where `what`, a resolution and the setting that counts its images, is too much for the GPU."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise refusal(
+                f"out of memory on {self.device} at {what}: make it smaller (for training as a new run; "
+                f"tools/preflight.py finds what fits), or end what else uses this GPU. {str(error).splitlines()[0]}"
+            ) from error
+
+    # --- Between two steps -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def steps(self, title, total):
+        """The block in which the steps of an epoch are made: `micro_batches` feeds them, `after_step` follows each."""
+        progress = self.progress
+        self._stopwatch, self._waiting, self._in_a_row = Stopwatch(), Waiting(self.device), 0
+        with Bar(title=title, done=progress.epoch_step, total=total, say=self.say, shown=self.rank == 0) as self._bar:
+            yield
+            # what the GPU was behind the host, which has waited for it in the last step's status
+            self._count_time()
+        self._bar = None
+
+    def micro_batches(self, batches, samples):
+        """Yields (images, labels, samples) of `batches`, and notes how long the device waits for each.
+
+        samples: int64 [micro-batches, n], the images of each.
+        """
+        for those in samples:
+            with self._waiting.for_data():
+                images, labels = next(batches)
+            yield images, labels, those
+
+    def after_step(self, loss, rate):
+        """Count the step; on all ranks alike, stop if asked to; show how far it is; have a checkpoint written if due.
+
+        The order of these is what makes resuming exact: a step is counted before anything may end the run, and ranks
+        agree before one of them waits for its GPU.
+        """
+        cfg, progress = self.cfg, self.progress
+        progress.loss_sum += loss
+        progress.count_step(images=cfg.training.batch_size, **self._stopwatch.lap())
+        progress.waiting_seconds += self._waiting.lap()
+        self._bar.advance()
+        # before this rank waits for its GPU, which a rank that is gone would keep waiting
+        self.stop_if_asked()
+        if self._bar.due() or progress.epoch_step == progress.epoch_steps:
+            self._in_a_row = self.learner.finite.in_a_row.item()
+            self._bar.state(progress.epoch_step, self._status_line(rate))
+        if self.checkpoints and self.checkpoints.due(
+            progress.step, steps=cfg.logging.checkpoint_steps, minutes=cfg.logging.checkpoint_minutes
+        ):
+            self.save()
+
+    def stop_if_asked(self):
+        """Between two steps, on all ranks at the same one: end where something asked for it or nothing is learned."""
+        spent = self.guard is not None and self.guard.spent()
+        # how many steps in a row were left out, as far as each rank knows
+        asked, spent, in_a_row = distributed.agree(int(interruption.reason() is not None), int(spent), self._in_a_row)
+        if in_a_row >= self.learner.finite.LIMIT:
+            raise RunError(
+                f"the loss or its gradient was not finite in {in_a_row} steps in a row, up to step "
+                f"{self.progress.step}: "
+                "lower lr.lr_per_256 or use training.precision=bf16; the last checkpoint is from before"
+            )
+        if asked:
+            raise Stopped(interruption.reason() or "another rank was asked to stop")
+        if spent:
+            raise Stopped(
+                f"budget.max_dollars={self.cfg.budget.max_dollars:g} is spent but for what stopping costs", "budget"
+            )
+
+    def until_stopped(self, batches, rounds):
+        """Pass on the batches of an evaluation; all ranks ask `rounds` times whether to stop, or not together."""
+        for _ in range(rounds):
+            self.stop_if_asked()
+            yield from islice(batches, 1)
+
+    def save(self, *, last=False):
+        """Have a checkpoint written, unless the newest steps were left out: what comes of that is not known yet."""
+        if self.rank == 0 and (last or not self.learner.finite.in_a_row.item()):
+            if self.guard:
+                self.progress.dollars = self.guard.dollars
+                self.guard.write()
+            self.checkpoints.put(self.state())
+
+    def state(self):
+        """The checkpoint: tensors and plain values."""
+        return self.learner.state() | {
+            "step": self.progress.step,
+            "progress": vars(self.progress),
+            "config": config.to_dict(self.cfg),
+            "betons": self.betons,
+        }
+
+    def _count_time(self):
+        self.progress.count_time(**self._stopwatch.lap())
+        self.progress.waiting_seconds += self._waiting.lap()
+
+    def _status_line(self, rate):
+        progress = self.progress
+        loss = float(progress.loss_sum) / max(1, progress.epoch_step - self.learner.finite.skipped.item())
+        speed = progress.epoch_step * self.cfg.training.batch_size / progress.epoch_seconds
+        waiting = progress.waiting_seconds / progress.epoch_seconds
+        paid = f", {self.guard}" if self.guard else ""
+        return f"loss {loss:.3f}, lr {rate:.4f}, {speed:.0f} img/s, {waiting:.0%} waiting{paid}"
+
+    # --- Between two epochs ------------------------------------------------------------------------------------------
+
+    def training_row(self, *, resolution, rung, lr):
+        """What the log gets of the steps of an epoch. resolution, rung: px; lr: of its last step."""
+        progress, skipped = self.progress, self.learner.finite.skipped.item()
+        images = progress.epoch_steps * self.cfg.training.batch_size
+        return {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "resolution": resolution,
+            "rung": rung,
+            "lr": lr,
+            "train_loss": float(progress.loss_sum) / max(1, progress.epoch_steps - skipped),
+            "skipped_steps": skipped,
+            "images_per_second": round(images / progress.epoch_seconds, 2),
+            "data_wait_fraction": round(progress.waiting_seconds / progress.epoch_seconds, 4),
+            "train_seconds": round(progress.epoch_seconds, 3),
+            "cpu_seconds": round(progress.cpu_seconds, 3),
+            "images_seen": progress.images_seen,
+            "elapsed_seconds": round(progress.seconds, 3),
+        }
+
+    def end_epoch(self, row):
+        """Count the epoch and put its `row` into the log, with what it cost and what is to be expected."""
+        self.progress.next_epoch()
+        # not before: the checkpoint that comes before the evaluation counts them too
+        self.learner.finite.skipped.zero_()
+        if self.log:
+            row |= self.guard.columns(row) if self.guard else {"dollars": None}
+            row |= {"forecast": self._outlook(row)}
+            self.log.add_epoch(row)
+            self._say_epoch(row)
+
+    def _outlook(self, row):
+        """The forecast after an epoch's `row`; says what was not said after the one before."""
+        rows, classes = self.progress.rows, self.train.info.num_classes
+        found = forecast([*rows, row], config.to_dict(self.cfg), classes=classes, names=self._class_names())
+        said = (rows[-1].get("forecast") or {}).get("warnings", []) if rows else []
+        for warning in found["warnings"]:
+            if warning["cause"] not in [earlier["cause"] for earlier in said]:
+                self.warn(f"{warning['cause']}: {warning['text']}")
+        return found
+
+    def _say_epoch(self, row):
+        epochs = self.cfg.training.epochs
+        accuracy = f"  top-1 {row['top1']:.2f} %" if "top1" in row else ""
+        expected = row["forecast"]["top1"]
+        if expected is not None and row["epoch"] + 1 < epochs:
+            accuracy += f" (at the end {expected:.1f} at {row['forecast']['evaluation']})"
+        self.say(
+            f"epoch {row['epoch'] + 1}/{epochs}  {row['resolution']} px  loss {row['train_loss']:.3f}"
+            f"{accuracy}  {row['images_per_second']:.0f} img/s  {row['data_wait_fraction']:.0%} waiting for data  "
+            f"{row['train_seconds']:.0f} s" + (f"  {self.guard}" if self.guard else "")
+        )
+        if row["skipped_steps"]:
+            self.warn(f"{row['skipped_steps']} steps of it were left out: their loss or gradient was not finite")
+
+    def _class_names(self):
+        """Wnids in label order, or None for files of stock FFCV, which do not say."""
+        classes = self.train.info.classes
+        return [names["wnid"] for names in classes] if classes else None
+
+    # --- The end -----------------------------------------------------------------------------------------------------
+
+    def report(self, results):
+        """Say the final figures, {resolution: {view: figures}}."""
+        validation = self.cfg.validation
+        weights = "EMA weights" if self.learner.ema else "weights"
+        self.say(
+            f"\nevaluation of the {weights} after epoch {self.progress.epochs:.4g}, "
+            f"centre crop {validation.crop_ratio:g}"
+        )
+        for line in report_lines(results, headline=(validation.headline_resolution, validation.headline_view)):
+            self.say(line)
+
+    def warn_of_labels(self, figures):
+        """Say where `figures` have classes under the names of others."""
+        for warning in label_warnings([figures], self._class_names()):
+            self.warn(f"{warning['cause']}: {warning['text']}")
+
+    def stop(self, stop):
+        """What a planned stop leaves: a checkpoint of this step, and the word that the same command goes on."""
+        if self.checkpoints and self.checkpoints.step != self.progress.step:
+            self.save()
+        command = "the same command" + (" with a larger budget.max_dollars" if stop.status == "budget" else "")
+        self.say(f"stopping at step {self.progress.step}: {stop}; {command} goes on from there")
+        if self.checkpoints:
+            self.checkpoints.finish(interruption.STOP_SECONDS)
