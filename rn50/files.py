@@ -39,7 +39,7 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_rows(path, warn=None):
+def read_rows(path, warn=None, check=None):
     """The rows of a file of JSON lines, as `parse_rows` reads them; none where there is no file."""
     try:
         content = Path(path).read_text(encoding="utf-8", errors="replace")
@@ -47,14 +47,15 @@ def read_rows(path, warn=None):
         return []
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
-    return parse_rows(content, path, warn)
+    return parse_rows(content, path, warn, check)
 
 
-def parse_rows(content, name, warn=None):
+def parse_rows(content, name, warn=None, check=None):
     """A list of dicts, one a line of the text `content`.
 
     A killed process may leave the last line torn: `warn` is told (default: a note on stderr) and the line is passed
-    over. RunError, with `name` and the line's number, for any other line that is not a JSON object.
+    over. RunError, with `name` and the line's number, for any other line that is not a JSON object, or of which
+    check(value) says what is wrong (None: nothing).
     """
     rows, lines = [], content.splitlines()
     for number, line in enumerate(lines, 1):
@@ -67,10 +68,15 @@ def parse_rows(content, name, warn=None):
                 raise RunError(f"{name}, line {number}: not valid JSON") from None
             (warn or _note)(f"{name}: line {number} is incomplete and passed over")
             continue
-        if not isinstance(row, dict):
-            raise RunError(f"{name}, line {number}: not a JSON object")
+        problem = (check or _object)(row)
+        if problem:
+            raise RunError(f"{name}, line {number}: {problem}")
         rows.append(row)
     return rows
+
+
+def _object(value):
+    return None if isinstance(value, dict) else "not a JSON object"
 
 
 def _note(text):

@@ -68,7 +68,7 @@ def test_train_and_val_share_no_image(tree):
 
 def test_bytes_depend_on_the_seed_alone_and_not_on_order_or_count(tree, tmp_path):
     script = (
-        "import sys; from rn50 import textures\n"
+        "import sys; from rn50.data import textures\n"
         "for name in reversed(textures.CLASSES):\n"
         "    for split in ('val', 'train'):\n"
         "        sys.stdout.buffer.write(textures.jpeg_bytes(0, split, name, 2))\n"

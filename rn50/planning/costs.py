@@ -369,7 +369,7 @@ def pace(table, speeds, loader, recipe, machine, resolution, passes=1.0):
     launches = machine.gpus * speeds.efficiency(machine.gpus) * micro / table.value("launch_seconds")
     limits["GPU"] = min(limits["GPU"], launches) / passes
     gigabytes = beton_gb(table, recipe.rung)
-    # as rn50.loaders.choose_order: what fits in 60 % of memory is read from disk once
+    # as rn50.data.loaders.choose_order: what fits in 60 % of memory is read from disk once
     if gigabytes * 1e9 > 0.6 * machine.memory_gib * 2**30:
         limits["disk"] = disk_speed(table, machine) * 1e6 / (gigabytes * 1e9 / table.value("images_train"))
     limit = min(limits, key=limits.get)

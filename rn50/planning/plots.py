@@ -43,12 +43,7 @@ def read_log(run):
     if not path.exists():
         raise errors.RunError(f"cannot read {path}: No such file or directory")
     notes = []
-    rows = read_rows(path, notes.append)
-    for number, row in enumerate(rows, 1):
-        if not _is_number(row.get("epoch")) or not math.isfinite(row["epoch"]):
-            raise errors.RunError(f"{path}, row {number}: not an epoch's row (no number under 'epoch')")
-        if not all(_is_number(row.get(key) or 0) for key in SUMMED) or not _is_forecast(row.get("forecast") or {}):
-            raise errors.RunError(f"{path}, row {number}: not an epoch's row (seconds, dollars or forecast are none)")
+    rows = read_rows(path, notes.append, _problem)
     if not rows:
         raise errors.RunError(f"{path} holds no complete row yet")
     return rows, notes
@@ -211,6 +206,15 @@ def _finish(axis, title, styles, unit="epoch"):
 def _legend_name(name, rows):
     _, top1 = points(rows, "top1")
     return f"{name} (last top-1 {top1[-1]:.2f} %)" if top1 else name
+
+
+def _problem(row):
+    """What keeps a line's value from being an epoch's row, or None."""
+    if not isinstance(row, dict) or not _is_number(row.get("epoch")) or not math.isfinite(row["epoch"]):
+        return "not an epoch's row (no number under 'epoch')"
+    if not all(_is_number(row.get(key) or 0) for key in SUMMED) or not _is_forecast(row.get("forecast") or {}):
+        return "not an epoch's row (seconds, dollars or forecast are none)"
+    return None
 
 
 def _is_number(value):
