@@ -66,7 +66,7 @@ class Meter:
 class Guard(Meter):
     """The meter of a run that also knows the schedule, and so what the rest of it will cost.
 
-    config: the run's, a nested dict. progress: its Progress (rn50/training/progress.py), read whenever something is asked.
+    config: the run's, a nested dict. progress: its training.progress.Progress, read when something is asked.
     images, validation_images: how many there are in the betons. dollars_per_hour: of all machines together.
     """
 
