@@ -76,9 +76,7 @@ def main(argv=None):
     args = arguments(argv)
     with aws_errors():
         aws = Aws(args)
-        {"doctor": doctor, "launch": launch, "resume": resume, "status": status, "stop": stop, "fetch": fetch}.get(
-            args.action, clean
-        )(aws, args)
+        ACTIONS[args.action](aws, args)
 
 
 class Aws:
@@ -1015,6 +1013,11 @@ def arguments(argv):
     if args.action == "resume" and args.run is None:
         parser.error("resume needs --run")
     return args
+
+
+# Looked up, so that a word that is not here fails and cannot come to `clean`, which deletes.
+ACTIONS = {"doctor": doctor, "launch": launch, "resume": resume, "status": status, "stop": stop, "fetch": fetch}
+ACTIONS |= {"clean": clean}
 
 
 if __name__ == "__main__":
