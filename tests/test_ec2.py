@@ -408,6 +408,15 @@ def test_uncommitted_changes_are_not_launched(monkeypatch):
     assert ec2.pinned_commit("HEAD") == "abc"
 
 
+def test_every_action_of_the_command_line_is_in_the_table_and_no_other_does_anything(cloud_account, capsys):
+    with pytest.raises(SystemExit) as caught:
+        ec2.main(["cleanup", "--bucket", BUCKET])
+    assert caught.value.code == 2
+    assert cloud_account.calls == set()
+    offered = re.search(r"\{([\w,]+)\}", capsys.readouterr().err)[1].split(",")
+    assert offered == list(ec2.ACTIONS)
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [

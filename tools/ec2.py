@@ -1016,8 +1016,15 @@ def arguments(argv):
 
 
 # Looked up, so that a word that is not here fails and cannot come to `clean`, which deletes.
-ACTIONS = {"doctor": doctor, "launch": launch, "resume": resume, "status": status, "stop": stop, "fetch": fetch}
-ACTIONS |= {"clean": clean}
+ACTIONS = {
+    "doctor": doctor,
+    "launch": launch,
+    "resume": resume,
+    "status": status,
+    "stop": stop,
+    "fetch": fetch,
+    "clean": clean,
+}
 
 
 if __name__ == "__main__":
