@@ -15,6 +15,17 @@ from rn50.model import build_model
 from rn50.optimizer import FiniteSteps, build_optimizer, set_learning_rate
 from rn50.precision import autocast_dtype
 
+RESOLUTIONS = 64  # that torch.compile may make a graph for; its own limit is 8, after which it goes on without one
+
+
+def compiled(network):
+    """`network` through torch.compile, with a graph for each resolution; a RuntimeError where there is none.
+
+    Static: a graph for any size is slower than one for its own, and torch would make it at the second resolution.
+    """
+    torch._dynamo.config.recompile_limit = RESOLUTIONS
+    return torch.compile(network, dynamic=False, fullgraph=True)
+
 
 class Learner:
     """Network, EMA, optimizer and scaler of a recipe, at their beginning.
@@ -40,7 +51,7 @@ class Learner:
         )
         layout = torch.channels_last if training.channels_last else torch.contiguous_format
         self.network = network.to(device, memory_format=layout)
-        self.model = torch.compile(self.network) if training.compile else self.network
+        self.model = compiled(self.network) if training.compile else self.network
         if world_size > 1:
             self.model = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
         self.precision = autocast_dtype(training.precision, device)

@@ -36,10 +36,15 @@ class BlurConv2d(nn.Module):
     def __init__(self, conv):
         super().__init__()
         self.conv = conv
+        self.stride = 1
+        if conv.kernel_size == (1, 1):
+            # it reads one pixel in every stride x stride: to blur the others would be three quarters of the work
+            self.stride, conv.stride = conv.stride, (1, 1)
         self.register_buffer("blur_filter", binomial_filter(conv.in_channels))
 
     def forward(self, x):
-        return self.conv(F.conv2d(x, self.blur_filter, padding=1, groups=self.conv.in_channels))
+        channels = self.conv.in_channels
+        return self.conv(F.conv2d(x, self.blur_filter, stride=self.stride, padding=1, groups=channels))
 
 
 class BlurMaxPool2d(nn.Module):

@@ -46,6 +46,22 @@ def test_blurred_convolution_equals_its_definition():
     torch.testing.assert_close(module(x), module.conv(blurred))
 
 
+@pytest.mark.parametrize("side", [11, 12, 22, 23])
+def test_a_pointwise_shortcut_blurs_only_what_it_reads(side):
+    """Output and both gradients are those of a blur at every pixel and a strided convolution."""
+    torch.manual_seed(0)
+    module = build_model(arch="resnet50", num_classes=10, blurpool=True).double().layer2[0].downsample[0]
+    weight, channels = module.conv.weight, module.conv.in_channels
+    x = torch.randn(2, channels, side, side, dtype=torch.double, requires_grad=True)
+    dense = F.conv2d(F.conv2d(x, module.blur_filter, padding=1, groups=channels), weight, stride=2)
+    strided = module(x)
+    assert strided.shape == dense.shape
+    gradient = torch.randn_like(dense)
+    ours, theirs = (torch.autograd.grad(y, (x, weight), gradient) for y in (strided, dense))
+    for got, expected in zip((strided, *ours), (dense, *theirs), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_blurred_maxpool_halves_like_the_plain_one_and_keeps_constants():
     network = build_model(arch="resnet18", num_classes=10, blur_maxpool=True)
     x = torch.randn(2, 64, 20, 24)

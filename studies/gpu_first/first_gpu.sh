@@ -1,0 +1,140 @@
+#!/usr/bin/env bash
+# The first quarter of an hour on a GPU, in parts, each under its own time limit so that one failure does not cost the rest.
+#   OUT=DIR bash studies/gpu_first/first_gpu.sh correct step compiled profile          # needs no data
+#   OUT=DIR SAMPLES=DIR bash studies/gpu_first/first_gpu.sh loader                     # a folder of ImageNet's JPEGs
+#   OUT=DIR BETONS=DIR bash studies/gpu_first/first_gpu.sh types resume flagship       # Imagenette as 160-px betons
+# OUT gets log.txt (all output), step.json, compiled.json, profile.txt and runs.jsonl (the rows of all trainings).
+# QUICK=1 rehearses on a processor with tiny settings.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PYTHONUNBUFFERED=1 PYTHONPATH=.
+python=.venv/bin/python
+work=${WORK:-/tmp/first_gpu}
+mkdir -p "$work" "$OUT"
+log=$OUT/log.txt
+quick=${QUICK:-}
+begun=$SECONDS
+
+tiny=(${quick:+--model.arch=resnet18 --resolution.start=32 --resolution.end=32 --validation.resolutions=32
+    --validation.headline_resolution=32 --training.epochs=2 --resolution.start_ramp=0 --resolution.end_ramp=0
+    --lr.warmup_epochs=1})
+
+limit() { # NAME SECONDS COMMAND...: its output goes to the log; one line says how it ended
+    local name=$1 most=$2 started=$SECONDS status
+    shift 2
+    timeout -k 5 "$most" "$@" >"$work/$name.txt" 2>&1
+    status=$?
+    {
+        echo "=== $name: $*"
+        cat "$work/$name.txt"
+        echo "=== $name: status $status"
+    } >>"$log"
+    echo "$name: status $status, $((SECONDS - started)) s, $((SECONDS - begun)) s in all; $(tail -1 "$work/$name.txt" | cut -c1-160)"
+}
+
+training() { # NAME SECONDS SETTINGS...: a run on Imagenette, the last of each setting counts; its rows to runs.jsonl
+    local name=$1 most=$2 setting
+    local -A last=()
+    shift 2
+    for setting in "$@" "${tiny[@]}"; do last[${setting%%=*}]=$setting; done
+    limit "$name" "$most" "$python" train_imagenet.py "${last[@]}" --data.dir="$BETONS" --logging.folder="$work/runs" \
+        --logging.run_name="$name"
+    rows "$name"
+}
+
+rows() {
+    "$python" - "$work/runs/$1/log.jsonl" "$1" >>"$OUT/runs.jsonl" 2>>"$log" <<'PY'
+import json
+import sys
+
+keep = ("epoch", "step", "resolution", "train_loss", "top1", "images_per_second", "data_wait_fraction", "train_seconds")
+keep += ("val_seconds", "cpu_seconds", "elapsed_seconds", "skipped_steps")
+with open(sys.argv[1], encoding="utf-8") as lines:
+    for line in lines:
+        row = json.loads(line)
+        print(json.dumps({"run": sys.argv[2]} | {key: row[key] for key in keep if key in row}))
+PY
+}
+
+correct() { # the tests that need a GPU, beside them the demo, and compiling ahead of the part `compiled`
+    local kind
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader | tee -a "$log"
+    grep -m1 'model name' /proc/cpuinfo | tee -a "$log"
+    for kind in fp16 bf16; do
+        limit "compiling_$kind" 130 "$python" studies/gpu_step/gpu_step.py --only "${kind}_compiled" \
+            --resolutions "${quick:+32,}128,176" --repeats 1 --seconds 0.01 ${quick:+--arch resnet18 --batch 2} &
+    done
+    limit demo 110 bash tools/demo.sh &
+    limit tests 130 "$python" -m pytest -q -n 5 --dist=load -p no:cacheprovider tests/test_gpu.py tests/test_cuda.py \
+        tests/test_model.py
+    wait
+}
+
+small=(${quick:+--arch resnet18 --batch 2 --repeats 1 --seconds 0.01 --warm-up 1})
+
+step() {
+    limit step 175 "$python" studies/gpu_step/gpu_step.py --resolutions "${quick:+32,}128,176,96,224" --seconds 0.15 \
+        --only "$(eager)" --json "$OUT/step.json" "${small[@]}"
+}
+
+eager() {
+    echo fp16,ffcv,bf16,torchvision,fp16_dense_blur,fp16_pooled_blur,fp16_no_blur_maxpool,fp16_no_blur,fp16_8_accumulated,bf16_dense_blur,timm_resnet50,timm_resnetblur50,fp16_contiguous
+}
+
+compiled() {
+    limit compiled 120 "$python" studies/gpu_step/gpu_step.py --resolutions "${quick:+32,}128,176" --seconds 0.25 \
+        --only ffcv,fp16,bf16,fp16_compiled,bf16_compiled --json "$OUT/compiled.json" "${small[@]}"
+}
+
+profile() {
+    limit profile 50 "$python" studies/gpu_step/gpu_step.py --only fp16,bf16 --resolutions 128 --repeats 1 \
+        --seconds 0.01 --profile "$OUT/profile.txt" "${small[@]}"
+}
+
+loader() {
+    local threads
+    for threads in 1 4 16; do
+        limit "loader_$threads" 30 "$python" tools/benchmark_loader.py --images "$SAMPLES" --resolution 176 \
+            --threads "$threads" --repeats 3 --copies 16 --only rn50
+    done
+}
+
+# ResNet-50 with the flagship's loss, average and blurs, from 112 to 160 px in two steps
+imagenette=(--config-file=rn50_configs/rn50_78.yaml --data.rung=160 --training.epochs=16 --training.batch_size=128
+    --training.micro_batch=128 --lr.warmup_epochs=2 --lr.lr_per_256=0.4 --resolution.start=112 --resolution.end=144
+    --resolution.start_ramp=8 --resolution.end_ramp=13 --resolution.multiple=16 --validation.crop_ratio=1
+    --validation.resolutions=160 --validation.headline_resolution=160 --validation.every=8)
+
+types() { # side by side: which is right, not which is fast
+    local kind
+    for kind in fp32 fp16 bf16; do
+        training "$kind" 130 "${imagenette[@]}" --training.precision="$kind" --data.workers=4 &
+    done
+    training compile 150 "${imagenette[@]}" --training.precision=fp16 --training.compile=true --data.workers=4 &
+    wait
+}
+
+resume() { # killed in the middle of an epoch, then the same command
+    local command=("${imagenette[@]}" --training.precision=fp16 --training.epochs=4 --resolution.start=128
+        --resolution.end=128 --lr.warmup_epochs=1 --logging.checkpoint_steps=25)
+    training resume 60 "${command[@]}" &
+    local waited=0
+    while [[ ! -e $work/runs/resume/previous.pt && $waited -lt 400 ]]; do
+        sleep 0.1
+        waited=$((waited + 1))
+    done
+    pkill -9 -f run_name=resume
+    wait
+    training resume 60 "${command[@]}"
+}
+
+flagship() { # its own path: 88 to 176 px, BCE, average, both blurs; a batch of 256, because there are few images
+    training flagship 200 --config-file=rn50_configs/rn50_78.yaml --data.rung=160 --training.epochs=40 \
+        --training.batch_size=256 --training.precision=fp16 --lr.warmup_epochs=4 --lr.lr_per_256=0.4 --training.weight_decay=1e-4 \
+        --resolution.start_ramp=16 --resolution.end_ramp=32 --resolution.multiple=8 --validation.every=10 \
+        --validation.crop_ratio=1 --validation.resolutions=176,224 --validation.headline_resolution=224 "$@"
+}
+
+for part in "$@"; do
+    "$part"
+done
