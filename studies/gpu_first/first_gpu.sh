@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The first quarter of an hour on a GPU, in parts, each under its own time limit so that one failure does not cost the rest.
-#   OUT=DIR bash studies/gpu_first/first_gpu.sh correct step compiled profile          # needs no data
+# The first minutes on a GPU, in parts, each under its own time limit so that one failure does not cost the rest.
+#   OUT=DIR bash studies/gpu_first/first_gpu.sh device tests step untuned compiled     # needs no data
 #   OUT=DIR SAMPLES=DIR bash studies/gpu_first/first_gpu.sh loader                     # a folder of ImageNet's JPEGs
-#   OUT=DIR BETONS=DIR bash studies/gpu_first/first_gpu.sh types resume flagship       # Imagenette as 160-px betons
-# OUT gets log.txt (all output), step.json, compiled.json, profile.txt and runs.jsonl (the rows of all trainings).
+#   OUT=DIR BETONS=DIR bash studies/gpu_first/first_gpu.sh together flagship           # Imagenette as 160-px betons
+# OUT gets log.txt (all output), the JSON of the studies, profile.txt and runs.jsonl (the rows of all trainings).
 # QUICK=1 rehearses on a processor with tiny settings.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -56,40 +56,36 @@ with open(sys.argv[1], encoding="utf-8") as lines:
 PY
 }
 
-correct() { # the tests that need a GPU, beside them the demo, and compiling ahead of the part `compiled`
-    local kind
+device() {
     nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm --format=csv,noheader | tee -a "$log"
     grep -m1 'model name' /proc/cpuinfo | tee -a "$log"
-    for kind in fp16 bf16; do
-        limit "compiling_$kind" 130 "$python" studies/gpu_step/gpu_step.py --only "${kind}_compiled" \
-            --resolutions "${quick:+32,}128,176" --repeats 1 --seconds 0.01 ${quick:+--arch resnet18 --batch 2} &
-    done
-    limit demo 110 bash tools/demo.sh &
-    limit tests 130 "$python" -m pytest -q -n 5 --dist=load -p no:cacheprovider tests/test_gpu.py tests/test_cuda.py \
-        tests/test_model.py
-    wait
 }
 
-small=(${quick:+--arch resnet18 --batch 2 --repeats 1 --seconds 0.01 --warm-up 1})
+alone() { # what a time limit has left running would slow down what is measured next
+    pkill -9 -f "$python"
+    pkill -9 -f compile_worker
+    sleep 1
+}
 
+tests() {
+    limit tests 100 "$python" -m pytest -v -n 4 --dist=load -p no:cacheprovider tests/test_gpu.py
+}
+
+small=(${quick:+--device cpu --arch resnet18 --batch 2 --repeats 1 --seconds 0.01 --warm-up 1})
+
+study() { # NAME SECONDS ARGUMENTS...
+    local name=$1 most=$2
+    shift 2
+    limit "$name" "$most" "$python" studies/gpu_step/gpu_step.py --json "$OUT/$name.json" "$@" "${small[@]}"
+}
+
+compiling() { study compiling 110 --only fp16_compiled --resolutions 176 --repeats 1 --seconds 0.01; }
 step() {
-    limit step 175 "$python" studies/gpu_step/gpu_step.py --resolutions "${quick:+32,}128,176,96,224" --seconds 0.15 \
-        --only "$(eager)" --json "$OUT/step.json" "${small[@]}"
+    study step 75 --resolutions 176 --seconds 0.2 --repeats 5 --profile "$OUT/profile.txt" \
+        --only fp16,ffcv,fp16_dense_blur,fp16_no_blur_maxpool,fp16_no_blur,torchvision,fp16_contiguous,bf16
 }
-
-eager() {
-    echo fp16,ffcv,bf16,torchvision,fp16_dense_blur,fp16_pooled_blur,fp16_no_blur_maxpool,fp16_no_blur,fp16_8_accumulated,bf16_dense_blur,timm_resnet50,timm_resnetblur50,fp16_contiguous
-}
-
-compiled() {
-    limit compiled 120 "$python" studies/gpu_step/gpu_step.py --resolutions "${quick:+32,}128,176" --seconds 0.25 \
-        --only ffcv,fp16,bf16,fp16_compiled,bf16_compiled --json "$OUT/compiled.json" "${small[@]}"
-}
-
-profile() {
-    limit profile 50 "$python" studies/gpu_step/gpu_step.py --only fp16,bf16 --resolutions 128 --repeats 1 \
-        --seconds 0.01 --profile "$OUT/profile.txt" "${small[@]}"
-}
+compiled() { study compiled 60 --resolutions 176 --seconds 0.2 --only fp16,ffcv,fp16_compiled; }
+untuned() { study untuned 40 --resolutions 176,128 --seconds 0.2 --cudnn 0 --only fp16,bf16,ffcv; }
 
 loader() {
     local threads
@@ -99,40 +95,48 @@ loader() {
     done
 }
 
-# ResNet-50 with the flagship's loss, average and blurs, from 112 to 160 px in two steps
-imagenette=(--config-file=rn50_configs/rn50_78.yaml --data.rung=160 --training.epochs=16 --training.batch_size=128
-    --training.micro_batch=128 --lr.warmup_epochs=2 --lr.lr_per_256=0.4 --resolution.start=112 --resolution.end=144
-    --resolution.start_ramp=8 --resolution.end_ramp=13 --resolution.multiple=16 --validation.crop_ratio=1
-    --validation.resolutions=160 --validation.headline_resolution=160 --validation.every=8)
+# ResNet-50 with the flagship's loss, average and blurs, at one resolution: cuDNN takes 13 s for each
+imagenette=(--config-file=rn50_configs/rn50_78.yaml --data.rung=160 --training.epochs=8 --training.batch_size=128
+    --training.micro_batch=128 --lr.warmup_epochs=2 --lr.lr_per_256=0.4 --resolution.start=128 --resolution.end=128
+    --resolution.start_ramp=0 --resolution.end_ramp=0 --validation.crop_ratio=1 --validation.resolutions=144
+    --validation.headline_resolution=144 --validation.every=20)
 
 types() { # side by side: which is right, not which is fast
     local kind
     for kind in fp32 fp16 bf16; do
-        training "$kind" 130 "${imagenette[@]}" --training.precision="$kind" --data.workers=4 &
+        training "$kind" 110 "${imagenette[@]}" --training.precision="$kind" --data.workers=3 &
     done
-    training compile 150 "${imagenette[@]}" --training.precision=fp16 --training.compile=true --data.workers=4 &
-    wait
 }
 
 resume() { # killed in the middle of an epoch, then the same command
-    local command=("${imagenette[@]}" --training.precision=fp16 --training.epochs=4 --resolution.start=128
-        --resolution.end=128 --lr.warmup_epochs=1 --logging.checkpoint_steps=25)
+    local command=("${imagenette[@]}" --training.precision=fp16 --training.epochs=4 --lr.warmup_epochs=1
+        --logging.checkpoint_steps=25 --data.workers=3)
     training resume 60 "${command[@]}" &
     local waited=0
-    while [[ ! -e $work/runs/resume/previous.pt && $waited -lt 400 ]]; do
+    while [[ ! -e $work/runs/resume/previous.pt && $waited -lt 600 ]]; do
         sleep 0.1
         waited=$((waited + 1))
     done
     pkill -9 -f run_name=resume
-    wait
+    sleep 1
     training resume 60 "${command[@]}"
 }
 
 flagship() { # its own path: 88 to 176 px, BCE, average, both blurs; a batch of 256, because there are few images
-    training flagship 200 --config-file=rn50_configs/rn50_78.yaml --data.rung=160 --training.epochs=40 \
-        --training.batch_size=256 --training.precision=fp16 --lr.warmup_epochs=4 --lr.lr_per_256=0.4 --training.weight_decay=1e-4 \
-        --resolution.start_ramp=16 --resolution.end_ramp=32 --resolution.multiple=8 --validation.every=10 \
+    training flagship 150 --config-file=rn50_configs/rn50_78.yaml --data.rung=160 --training.epochs=40 \
+        --training.batch_size=256 --training.precision=fp16 --lr.warmup_epochs=4 --lr.lr_per_256=0.4 \
+        --training.weight_decay=1e-4 \
+        --resolution.start_ramp=16 --resolution.end_ramp=32 --resolution.multiple=44 --validation.every=13 \
         --validation.crop_ratio=1 --validation.resolutions=176,224 --validation.headline_resolution=224 "$@"
+}
+
+together() { # what is to be right and not fast, at the same time
+    tests &
+    compiling &
+    types
+    resume &
+    wait
+    alone
 }
 
 for part in "$@"; do

@@ -45,7 +45,8 @@ RATE = 1e-3
 def main():
     args = arguments()
     device = torch.device(args.device)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = args.cudnn > 0
+    torch.backends.cudnn.benchmark_limit = args.cudnn
     report = {
         "made_by": "studies/gpu_step/gpu_step.py",
         "date": time.strftime("%Y-%m-%d"),
@@ -56,6 +57,7 @@ def main():
         "python": platform.python_version(),
         "arch": args.arch,
         "batch": args.batch,
+        "cudnn_benchmark_limit": args.cudnn,
         "repeats": args.repeats,
         "ceilings": ceilings(device),
         "results": [],
@@ -75,7 +77,17 @@ def main():
         write_result(args.profile, profile(steps, args, device))
 
 
-# --- Candidates: functions of (arguments, device) that give step(images uint8 [n, 3, px, px], labels) -----------
+# --- Candidates: functions of (arguments, device) that give a Candidate --------------------------------------------
+
+
+class Candidate:
+    """`step` and `gradients`, functions of (images uint8 [n, 3, px, px], labels int64 [n]) on the device.
+
+    gradients: forward and backward pass alone; clear: a function that forgets the gradients. micro_batches: in a step.
+    """
+
+    def __init__(self, step, gradients, clear, micro_batches=1):
+        self.step, self.gradients, self.clear, self.micro_batches = step, gradients, clear, micro_batches
 
 
 def ours(*settings, change=None, accumulation=1):
@@ -102,8 +114,12 @@ def ours(*settings, change=None, accumulation=1):
             batches = iter([(images, labels, samples)] * accumulation)
             learner.step(batches, accumulation=accumulation, learning_rate=RATE, epoch=0)
 
-        step.images = accumulation
-        return step
+        return Candidate(
+            step,
+            lambda images, labels: learner.forward_backward(images, labels, 1),
+            lambda: learner.optimizer.zero_grad(set_to_none=True),
+            accumulation,
+        )
 
     return build
 
@@ -160,16 +176,19 @@ def ffcv_imagenet(args, device):
     scaler = torch.amp.GradScaler(device.type)
     mean, std = (torch.tensor(of, device=device).view(1, 3, 1, 1) for of in (IMAGENET_MEAN, IMAGENET_STD))
 
-    def step(images, labels):
-        optimizer.zero_grad(set_to_none=True)
+    def gradients(images, labels):
         pixels = ((images - mean) / std).half()
         with torch.autocast(device.type, dtype=torch.float16):
             loss = criterion(network(pixels), labels)
         scaler.scale(loss).backward()
+
+    def step(images, labels):
+        optimizer.zero_grad(set_to_none=True)
+        gradients(images, labels)
         scaler.step(optimizer)
         scaler.update()
 
-    return step
+    return Candidate(step, gradients, optimizer.zero_grad)
 
 
 def reference(make, dtype=torch.float16):
@@ -181,17 +200,21 @@ def reference(make, dtype=torch.float16):
         criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
         scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-        def step(images, labels):
+        def gradients(images, labels):
             pixels = normalize(images)
             with torch.autocast(device.type, dtype=dtype):
                 loss = criterion(network(pixels), labels)
-            optimizer.zero_grad()
             scaler.scale(loss).backward()
+            return loss
+
+        def step(images, labels):
+            optimizer.zero_grad()
+            loss = gradients(images, labels)
             scaler.step(optimizer)
             scaler.update()
             loss.item()
 
-        return step
+        return Candidate(step, gradients, optimizer.zero_grad)
 
     return build
 
@@ -241,7 +264,8 @@ def at_resolution(steps, px, args, device, ceilings, failed):
     images = pixels.permute(0, 3, 1, 2).to(device)
     labels = torch.randint(0, CLASSES, (args.batch,), generator=generator).to(device)
     rows, counts, spent = {}, {}, {}
-    for name, step in list(steps.items()):
+    for name, candidate in list(steps.items()):
+        step = candidate.step
         reset_memory(device)
         before = memory(device)
         started = time.perf_counter()
@@ -255,14 +279,15 @@ def at_resolution(steps, px, args, device, ceilings, failed):
             row |= work_of(step, images, labels) if "compiled" not in name else {}
             once = timed(step, images, labels, 1, device)
             counts[name], spent[name] = max(1, round(args.seconds / once)), []
+            if device.type == "cuda":
+                row |= without_launches(candidate, images, labels, args.repeats)
             rows[name] = row
     for _ in range(args.repeats):
         for name in rows:
-            spent[name].append(timed(steps[name], images, labels, counts[name], device) / counts[name])
+            spent[name].append(timed(steps[name].step, images, labels, counts[name], device) / counts[name])
     for name, row in rows.items():
         seconds = statistics.median(spent[name])
-        many = getattr(steps[name], "images", 1)
-        row["images_per_second"] = round(many * args.batch / seconds, 1)
+        row["images_per_second"] = round(steps[name].micro_batches * args.batch / seconds, 1)
         row["spread"] = round((max(spent[name]) - min(spent[name])) / seconds, 4)
         row["milliseconds"] = round(1000 * seconds, 3)
         # a compiled step does the work of the same step in eager mode, which alone can be watched
@@ -271,12 +296,12 @@ def at_resolution(steps, px, args, device, ceilings, failed):
             row["copy_share"] = round(work["gigabytes"] / ceilings["copy_gb_per_s"] / seconds, 3)
             row["multiply_share"] = round(work["tflop"] / ceilings["fp16_tflop_per_s"] / seconds, 3)
     reference = rows.get("ffcv", next(iter(rows.values()), None))
-    print(f"\n{px} px   images/s  over {reference['name']}   spread   GiB  copying  multiplying")
+    print(f"\n{px} px   images/s  over {reference['name']}   spread   GiB  copying  multiplying  ms without launches")
     for name, row in rows.items():
         over = row["images_per_second"] / reference["images_per_second"]
         print(
             f"{name:22}{row['images_per_second']:8.0f}{over:8.3f}{row['spread']:9.1%}{row['peak_gib']:7.1f}"
-            f"{row.get('copy_share', 0):8.0%}{row.get('multiply_share', 0):8.0%}",
+            f"{row.get('copy_share', 0):8.0%}{row.get('multiply_share', 0):8.0%}{row.get('gpu_milliseconds', 0):10.2f}",
             flush=True,
         )
     return list(rows.values())
@@ -293,6 +318,28 @@ def left_out(name, px, steps, failed):
             f"{name} is left out from {px} px on: {str(error).splitlines()[0] if str(error) else error!r}", flush=True
         )
         del steps[name]
+
+
+def without_launches(candidate, images, labels, repeats):
+    """gpu_milliseconds of a forward and backward pass: replays of a CUDA graph, for which the GPU needs no host."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                candidate.clear()
+                candidate.gradients(images, labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        candidate.clear()
+        with torch.cuda.graph(graph):
+            candidate.gradients(images, labels)
+        return {"gpu_milliseconds": round(1000 * median_seconds(graph.replay, images.device, 2 * repeats), 3)}
+    except RuntimeError as error:
+        return {"no_graph": str(error)[:500]}
+    finally:
+        candidate.clear()
+        del graph
+        torch.cuda.empty_cache()
 
 
 def work_of(step, images, labels):
@@ -356,14 +403,15 @@ def median_seconds(function, device, repeats=9):
 
 
 def profile(steps, args, device):
-    """The ten kernels of each candidate that take longest in ten steps at the first resolution, as text."""
+    """What takes longest in ten steps of the first two candidates at the first resolution, as text."""
     px, sections = args.resolutions[0], []
     images = torch.randint(0, 256, (args.batch, px, px, 3), dtype=torch.uint8).permute(0, 3, 1, 2).to(device)
     labels = torch.randint(0, CLASSES, (args.batch,)).to(device)
     activities = [torch.profiler.ProfilerActivity.CPU]
     activities += [torch.profiler.ProfilerActivity.CUDA] if device.type == "cuda" else []
     key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    for name, step in steps.items():
+    for name, candidate in list(steps.items())[:2]:
+        step = candidate.step
         step(images, labels)
         finish(device)
         with torch.profiler.profile(activities=activities) as profiler:
@@ -418,9 +466,12 @@ def arguments():
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.25, help="of one turn of one candidate")
     parser.add_argument("--warm-up", type=int, default=3, help="steps, in which cuDNN chooses its kernels")
+    parser.add_argument(
+        "--cudnn", type=int, default=10, help="kernels that cuDNN tries for a shape; 0: its first choice"
+    )
     parser.add_argument("--only", type=names, default=",".join(CANDIDATES), help=f"of {', '.join(CANDIDATES)}")
     parser.add_argument("--json", metavar="OUT")
-    parser.add_argument("--profile", metavar="OUT", help="the longest kernels of the first resolution, as text")
+    parser.add_argument("--profile", metavar="OUT", help="kernels of the first two at the first resolution")
     args = parser.parse_args()
     args.only = names(args.only) if isinstance(args.only, str) else args.only
     if unknown := set(args.only) - set(CANDIDATES):
