@@ -96,19 +96,22 @@ def test_pixels_are_normalised_and_jittered_as_on_the_processor():
     torch.testing.assert_close(got.cpu(), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("side", [88, 96, 101])
+@pytest.mark.parametrize("side", [22, 23, 56])
 def test_both_blurs_and_their_gradients_are_those_of_the_processor(side):
     torch.manual_seed(0)
-    network = build_model(arch="resnet50", num_classes=10, blurpool=True, blur_maxpool=True).double().train()
-    twin = copy.deepcopy(network).to(GPU, memory_format=torch.channels_last)
-    x = torch.randn(2, 3, side, side, dtype=torch.double)
-    gradients = []
-    for model, pixels in ((network, x), (twin, x.to(GPU))):
-        logits = model(pixels)
-        logits.square().sum().backward()
-        gradients.append([logits, *(parameter.grad for parameter in model.parameters())])
-    for ours, expected in zip(gradients[1], gradients[0], strict=True):
-        torch.testing.assert_close(ours.cpu(), expected, rtol=1e-6, atol=1e-8)
+    network = build_model(arch="resnet50", num_classes=10, blurpool=True, blur_maxpool=True)
+    stage = network.layer2[0]
+    for blur, channels in ((stage.conv2, 128), (stage.downsample[0], 256), (network.maxpool, 64)):
+        x = torch.randn(4, channels, side, side)
+        found = []
+        for device in (CPU, GPU):
+            module = copy.deepcopy(blur).to(device, memory_format=torch.channels_last)
+            pixels = x.to(device, memory_format=torch.channels_last).requires_grad_()
+            y = module(pixels)
+            y.square().sum().backward()
+            found.append([y, pixels.grad, *(parameter.grad for parameter in module.parameters())])
+        for ours, expected in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(ours.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_steps_in_fp32_are_those_of_the_processor():
