@@ -1,14 +1,12 @@
 """Images -> one or more .beton files: python write_dataset.py --source.dir=TREE --out.dir=DIR
 
 TREE holds folders (train/<class>/<image>), or ImageNet as it comes: the tars of its site, Kaggle's download, or Hugging
-Face's parquet files (rn50/data/imagenet.py). Its splits train and val become DIR/train_400.beton, DIR/val_400.beton and
+Face's parquet files (rn50/data/sources.py). Its splits train and val become DIR/train_400.beton, DIR/val_400.beton and
 so on, one file for each maximum side length in out.resolutions, with a manifest (.json) beside each. Each image is read
 and decoded once for the whole ladder. The files depend on the images and the settings alone, not on the form of the
 source, the number of workers or interruptions: run the same command again to continue.
 """
 
-import hashlib
-import multiprocessing
 import os
 import shutil
 import signal
@@ -16,8 +14,6 @@ import sys
 import time
 from contextlib import closing
 from functools import partial
-from multiprocessing import resource_tracker
-from multiprocessing.connection import wait
 from types import SimpleNamespace
 
 import cv2
@@ -28,8 +24,10 @@ from tqdm import tqdm
 from rn50 import config
 from rn50.command import run
 from rn50.data import beton
+from rn50.data.encode import encode_all, encode_sample
 from rn50.data.imagenet import check_counts, odd_images
-from rn50.data.sources import decode_image, open_source, split_classes
+from rn50.data.sources import open_source, split_classes
+from rn50.data.writer import LadderWriter, disk_errors
 from rn50.errors import RunError, UsageError
 
 SETTINGS = Config()
@@ -56,10 +54,7 @@ Section("out", "the .beton files", SETTINGS).params(
 )
 
 PREFLIGHT_IMAGES = 100
-CHUNK = 16  # images a worker takes at a time
-HELD_BYTES = 256 << 20  # finished images that may wait in the parent for a slower one before them
 COMMIT_SECONDS = 1.0
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def main():
@@ -168,12 +163,12 @@ def measure(job):
 def convert(job, *, workers, skip_corrupt):
     """Write every rung of one split, from where an earlier run stopped."""
     folder = os.path.dirname(job.journal) or "."
-    with beton.disk_errors(folder):
+    with disk_errors(folder):
         os.makedirs(folder, exist_ok=True)
         job.source.stage(job.staging, partial(print, f"{job.split}:", flush=True))
     fingerprint = [[m["settings"] | {"max_side": 0}, m["source"]] for m in job.manifests.values()][0]
     fingerprint.append(f"OpenCV {cv2.__version__}")
-    ladder = beton.LadderWriter(paths=job.paths, journal=job.journal, capacity=len(job.order), fingerprint=fingerprint)
+    ladder = LadderWriter(paths=job.paths, journal=job.journal, capacity=len(job.order), fingerprint=fingerprint)
     try:
         if ladder.started_over:
             print(f"{job.split}: starting over: {ladder.started_over}", flush=True)
@@ -206,139 +201,6 @@ def convert(job, *, workers, skip_corrupt):
         print(f"wrote {path} ({_bytes(os.path.getsize(path))}, {len(ladder.labels)} images)", flush=True)
     for entry in ladder.skipped:
         print(f"skipped {entry['id']}: {entry['reason']}", flush=True)
-
-
-def encode_sample(source, i, rungs, encoding):
-    """(id, label, pictures): one (mode, width, height, bytes) for each rung, or the text of what is wrong with it."""
-    sample_id, label = source.item(i)
-    try:
-        rgb = decode_image(source.read(i))
-        raw = stored_raw(sample_id, encoding["seed"], encoding["raw_share"])
-        pictures = []
-        for rung in rungs:
-            picture = beton.shrink_image(rgb, rung)
-            height, width = picture.shape[:2]
-            data = picture.tobytes() if raw else beton.encode_image(picture, encoding["quality"])
-            pictures.append((beton.RAW if raw else beton.JPG, width, height, data))
-        return sample_id, label, pictures
-    except (ValueError, OSError) as error:
-        return sample_id, label, str(error)
-
-
-def stored_raw(sample_id, seed, share):
-    """Whether the sample is among the `share` stored as pixels; a hash, so that it depends on nothing else."""
-    digest = hashlib.sha256(f"{seed}/{sample_id}".encode(errors="surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def encode_all(job, order, workers):
-    """Yield `encode_sample` of each index in `order`, in this order, encoded by `workers` processes.
-
-    RunError as soon as a process dies. At most HELD_BYTES (and a chunk a worker) wait here, however slow one image is.
-    """
-    chunks = [order[k : k + CHUNK].tolist() for k in range(0, len(order), CHUNK)]
-    processes = {}
-    try:
-        for _ in range(min(workers, len(chunks))):
-            connection, process = _start_worker(job)
-            processes[connection] = process
-        idle, holders, finished = list(processes), {}, {}
-        held, started, wanted = 0, 0, 0
-        while wanted < len(chunks):
-            while idle and started < len(chunks):
-                _exchange(processes, idle[0], idle[0].send, chunks[started])
-                holders[started] = idle.pop(0)
-                started += 1
-            listen = list(holders.values()) if held < HELD_BYTES else [holders[wanted]]
-            for connection in wait(listen + [process.sentinel for process in processes.values()]):
-                if isinstance(connection, int):
-                    _report_death(next(p for p in processes.values() if p.sentinel == connection))
-                head = _exchange(processes, connection, connection.recv)
-                data = _exchange(processes, connection, connection.recv_bytes)
-                chunk = next(k for k, holder in holders.items() if holder is connection)
-                del holders[chunk]
-                idle.append(connection)
-                finished[chunk] = (head, data)
-                held += len(data)
-            while wanted in finished:
-                head, data = finished.pop(wanted)
-                held -= len(data)
-                wanted += 1
-                yield from _unpack(head, data)
-    finally:
-        for process in processes.values():
-            process.kill()
-        for connection, process in processes.items():
-            process.join()
-            connection.close()
-
-
-def _start_worker(job):
-    # 'spawn', because a fork copies whatever threads and locks the parent has. SIGINT stays blocked in the worker:
-    # Ctrl-C reaches the whole group, and only the parent should speak.
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    arguments = (theirs, job.source, list(job.paths), job.encoding)
-    process = context.Process(target=_work, args=arguments, daemon=True)
-    resource_tracker.ensure_running()  # start() does this too, and it unblocks SIGINT when it is done
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    # Blocked or not, a library's thread may take a signal, and half a start leaves a worker without its instructions.
-    came = []
-    handlers = {number: signal.signal(number, lambda *which: came.append(which)) for number in STOP_SIGNALS}
-    try:
-        process.start()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    for number, _ in came:
-        signal.raise_signal(number)
-    theirs.close()  # so that the pipe ends when the worker does
-    return ours, process
-
-
-def _work(connection, source, rungs, encoding):
-    cv2.setNumThreads(1)
-    try:
-        while True:
-            head, blobs = [], []
-            for i in connection.recv():
-                sample_id, label, pictures = encode_sample(source, i, rungs, encoding)
-                if isinstance(pictures, str):
-                    head.append((sample_id, label, pictures))
-                else:
-                    head.append((sample_id, label, [(*rest, len(data)) for *rest, data in pictures]))
-                    blobs += [data for *_, data in pictures]
-            connection.send(head)
-            connection.send_bytes(b"".join(blobs))
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is gone
-
-
-def _unpack(head, data):
-    view, start = memoryview(data), 0
-    for sample_id, label, pictures in head:
-        if not isinstance(pictures, str):
-            sized, pictures = pictures, []
-            for mode, width, height, size in sized:
-                pictures.append((mode, width, height, view[start : start + size]))
-                start += size
-        yield sample_id, label, pictures
-
-
-def _exchange(processes, connection, action, *arguments):
-    try:
-        return action(*arguments)
-    except (EOFError, OSError):
-        _report_death(processes[connection])
-
-
-def _report_death(process):
-    process.join(5)
-    code = process.exitcode
-    how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
-    hint = "; it may have run out of memory: try fewer out.workers" if code == -signal.SIGKILL else ""
-    raise RunError(f"an encoding worker {how}{hint}; run the same command again to continue")
 
 
 def show_progress(samples, split, done, total):

@@ -1,4 +1,4 @@
-"""rn50/data/beton.py: stock FFCV reads our files, interruptions leave no trace in them, and damage is named."""
+"""Betons (beton.py, writer.py, verify.py): stock FFCV reads ours, interruptions leave no trace, and damage is named."""
 
 import json
 import os
@@ -12,7 +12,8 @@ import cv2
 import numpy as np
 import pytest
 
-from rn50.data import beton
+from rn50.data import beton, encode, writer
+from rn50.data.verify import verify
 from rn50.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,12 +32,14 @@ def stored(k, side=None):
     height, width = (side, side) if side else (20 + k % 17, 24 + k % 11)
     rgb = smooth(k, height, width)
     raw = k % 4 == 3
-    return (beton.RAW if raw else beton.JPG, width, height, rgb.tobytes() if raw else beton.encode_image(rgb, 90))
+    return (beton.RAW if raw else beton.JPG, width, height, rgb.tobytes() if raw else encode.encode_image(rgb, 90))
 
 
 def open_ladder(folder, *, capacity=40, fingerprint="same", rungs=("16", "32")):
     paths = {rung: folder / f"train_{rung}.beton" for rung in rungs}
-    return beton.LadderWriter(paths=paths, journal=folder / "train.journal", capacity=capacity, fingerprint=fingerprint)
+    return writer.LadderWriter(
+        paths=paths, journal=folder / "train.journal", capacity=capacity, fingerprint=fingerprint
+    )
 
 
 def add(ladder, positions, side=None):
@@ -159,7 +162,7 @@ def test_the_stock_reader_sees_varied_sizes_as_we_do(stock, finished):
 
 def test_files_of_stock_ffcv_are_accepted(stock):
     path = stock[0] / "stock.beton"
-    info, problems = beton.verify(path)
+    info, problems = verify(path)
     assert problems == []
     assert (info.num_samples, info.num_classes, info.manifest, info.classes) == (60, 5, None, None)
     assert info.labels.tolist() == [k % 5 for k in range(60)]
@@ -271,7 +274,7 @@ def test_the_disk_begins_to_write_before_it_is_waited_for(tmp_path, monkeypatch)
         assert advice == os.POSIX_FADV_DONTNEED
         begun.setdefault(descriptor, []).append((start, start + length))
 
-    monkeypatch.setattr(beton.os, "posix_fadvise", fadvise)
+    monkeypatch.setattr(writer.os, "posix_fadvise", fadvise)
     ladder = open_ladder(tmp_path)
     for first in range(0, 40, 10):
         add(ladder, range(first, first + 10))
@@ -296,7 +299,7 @@ def test_samples_fill_pages_and_never_cross_them(tmp_path):
     for k in range(11):
         ladder.add(label=0, pictures={"1": (beton.RAW, 1000, 900, (rgb + k).tobytes())})
     finish(ladder)
-    info, problems = beton.verify(tmp_path / "train_1.beton", quick=False)
+    info, problems = verify(tmp_path / "train_1.beton", quick=False)
     assert problems == [f"an image is larger than the manifest's {512} pixels"]
     assert (info.data_ptrs // beton.PAGE_SIZE).tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4]
 
@@ -321,7 +324,7 @@ def test_nothing_but_skipped_samples_is_an_error(tmp_path):
 def test_pictures_shrink_to_the_longest_side_and_never_grow(side):
     for height, width in [(500, 375), (375, 500), (1, 700), (499, 500), (1000, 999), (333, 100), (16, 16)]:
         rgb = np.zeros((height, width, 3), np.uint8)
-        result = beton.shrink_image(rgb, side)
+        result = encode.shrink_image(rgb, side)
         if max(height, width) <= side:
             assert result is rgb
             continue
@@ -333,7 +336,7 @@ def test_pictures_shrink_to_the_longest_side_and_never_grow(side):
 
 def test_shrinking_averages_areas():
     checker = np.indices((64, 64)).sum(0)[:, :, None].repeat(3, 2).astype(np.uint8) % 2 * 200
-    assert (beton.shrink_image(checker, 32) == 100).all()
+    assert (encode.shrink_image(checker, 32) == 100).all()
 
 
 # Damage ------------------------------------------------------------------------------------------------------------
@@ -442,14 +445,14 @@ def _flip_padding(path, info, k):
 def test_verify_names_the_damage(tmp_path, finished, change, problem, needs_manifest):
     shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "train_32.beton"
-    assert beton.verify(path)[1] == []
+    assert verify(path)[1] == []
     change(path, beton.read_info(path), 8)
-    text = "\n".join(beton.verify(path)[1])
+    text = "\n".join(verify(path)[1])
     assert re.search(problem, text), text
     assert "checksum" in text
     if not needs_manifest:
         Path(beton.manifest_path(path)).unlink()
-        text = "\n".join(beton.verify(path, quick=True)[1])
+        text = "\n".join(verify(path, quick=True)[1])
         assert re.search(problem, text), text
 
 

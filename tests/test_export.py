@@ -13,7 +13,7 @@ import torch
 import yaml
 from PIL import Image
 
-from rn50.data.sources import IMAGENETTE_NAMES
+from rn50.data.imagenet import IMAGENETTE_NAMES
 from rn50.errors import RunError
 from rn50.publishing import export
 from rn50.training import checkpoint

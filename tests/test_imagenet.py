@@ -1,4 +1,4 @@
-"""rn50/data/imagenet.py: the four forms in which ImageNet comes give the same .beton files, and damage is one line."""
+"""rn50/data/sources.py: the four forms in which ImageNet comes give the same .beton files, and damage is one line."""
 
 import csv
 import hashlib
@@ -20,8 +20,10 @@ from pyarrow import parquet
 from scipy.io import savemat
 
 import write_dataset
-from rn50.data import beton, imagenet, sources
-from rn50.data.sources import IMAGENETTE_NAMES, open_source
+from rn50.data import encode, imagenet, listing, sources, tars
+from rn50.data.imagenet import IMAGENETTE_NAMES
+from rn50.data.sources import open_source
+from rn50.data.verify import verify
 from rn50.errors import RunError
 from tests.test_write_dataset import contents, convert
 
@@ -182,7 +184,7 @@ def test_every_form_gives_the_same_betons(forms, expected, form, tmp_path):
     assert sorted(name for name in made if name.endswith(".beton")) == sorted(expected)
     for name, data in expected.items():
         assert made[name] == data, name
-        assert beton.verify(tmp_path / name)[1] == []
+        assert verify(tmp_path / name)[1] == []
     assert "train: 22 images of 5 classes" in said
     assert "2 known odd files are converted to RGB like the others: n02105855/n02105855_2933.JPEG (PNG), " in said
     assert "n02077923/n02077923_14822.JPEG (CMYK)" in said
@@ -200,7 +202,7 @@ def settings(source, out):
 @pytest.mark.parametrize("form", FORMS)
 def test_an_interrupted_conversion_goes_on_to_the_same_bytes(forms, expected, form, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(write_dataset, "COMMIT_SECONDS", -1)
-    monkeypatch.setattr(write_dataset, "CHUNK", 2)
+    monkeypatch.setattr(encode, "CHUNK", 2)
 
     def convert_once(workers, stop_after):
         job = write_dataset.plan(settings(forms[form], tmp_path), "train")
@@ -251,7 +253,7 @@ def test_the_index_of_a_tar_is_kept_and_made_anew_when_the_tar_changes(forms, tm
     root = shutil.copytree(forms["ilsvrc-tar"], tmp_path / "tars")
     open_source(root, "train", tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(imagenet, "_members", None)
+        patch.setattr(tars, "_members", None)
         assert len(open_source(root, "train", tmp_path / "out")) == 22
     os.utime(root / "ILSVRC2012_img_train.tar", ns=(1, 1))
     (tmp_path / "out" / "train.tar-index.npz").write_bytes(b"PK damaged")
@@ -342,8 +344,8 @@ def test_counts_are_those_of_imagenet_where_it_should_be_imagenet(forms, monkeyp
     monkeypatch.setattr(imagenet, "COUNTS", {"train": 22, "val": 10})
     with pytest.raises(RunError, match="its 5 classes are not those of ImageNet-1k"):
         imagenet.check_counts(source, "train", "auto")
-    monkeypatch.setattr(sources, "IMAGENET_WNIDS_SHA256", hashlib.sha256("\0".join(WNIDS).encode()).hexdigest())
-    monkeypatch.setattr(sources, "_imagenet_names", lambda wnids: {})
+    monkeypatch.setattr(imagenet, "IMAGENET_WNIDS_SHA256", hashlib.sha256("\0".join(WNIDS).encode()).hexdigest())
+    monkeypatch.setattr(listing, "imagenet_names", lambda wnids: {})
     for form in FORMS:
         for split in ("train", "val"):
             imagenet.check_counts(open_source(forms[form], split), split, "imagenet")
@@ -368,12 +370,12 @@ def test_the_flagship_conversion_insists_on_all_of_imagenet(forms, tmp_path):
 
 def test_all_of_imagenet_has_names_for_people_in_every_form(tmp_path):
     """torchvision's names go by position; ImageNet-1k's wnids are known to rn50 by their checksum alone."""
-    names = sources._imagenet_names([str(k) for k in range(1000)])
+    names = imagenet.imagenet_names([str(k) for k in range(1000)])
     assert len(set(names.values())) == 1000
     assert [names[str(k)] for k in (0, 134, 217, 517, 638, 639, 701, 998)] == [
         "tench", "crane bird", "English springer", "crane", "maillot", "maillot tank suit", "parachute", "ear"
     ]  # fmt: skip
-    assert not sources.is_imagenet(IMAGENETTE_NAMES)
+    assert not imagenet.is_imagenet(IMAGENETTE_NAMES)
 
 
 def test_a_tree_of_all_of_imagenet_gets_its_names(tmp_path, monkeypatch):
@@ -381,7 +383,7 @@ def test_a_tree_of_all_of_imagenet_gets_its_names(tmp_path, monkeypatch):
         write(tmp_path / "train" / f"n{k:08d}" / "1.JPEG", b"")
     assert open_source(tmp_path, "train").classes[1]["name"] == "n00000001"
     wnids = "\0".join(f"n{k:08d}" for k in range(1000))
-    monkeypatch.setattr(sources, "IMAGENET_WNIDS_SHA256", hashlib.sha256(wnids.encode()).hexdigest())
+    monkeypatch.setattr(imagenet, "IMAGENET_WNIDS_SHA256", hashlib.sha256(wnids.encode()).hexdigest())
     assert open_source(tmp_path, "train").classes[1] == {"wnid": "n00000001", "name": "goldfish"}
 
 

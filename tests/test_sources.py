@@ -1,4 +1,4 @@
-"""rn50/data/sources.py: what an image folder yields, and that odd pictures come out as upright RGB."""
+"""rn50/data/{listing,jpeg}.py: what an image folder yields, and that odd pictures come out as upright RGB."""
 
 import glob
 import io
@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rn50.data.sources import decode_image, open_source
+from rn50.data.jpeg import decode_image
+from rn50.data.sources import open_source
 from rn50.errors import RunError
 
 

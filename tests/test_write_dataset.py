@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 import write_dataset
-from rn50.data import beton
-from rn50.data.sources import decode_image
+from rn50.data import beton, encode
+from rn50.data.jpeg import decode_image
+from rn50.data.verify import verify
 from rn50.errors import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,12 +162,12 @@ def test_every_image_is_there_once_with_its_label_and_size(tree, tmp_path):
         for path in (tree / "train" / name).iterdir():
             originals.append((label, decode_image(path.read_bytes())))
     for side in (64, 150):
-        info, problems = beton.verify(tmp_path / f"train_{side}.beton")
+        info, problems = verify(tmp_path / f"train_{side}.beton")
         assert problems == []
         assert info.num_samples == len(originals) == 60
         assert info.labels.tolist() != sorted(info.labels)  # shuffled
         content = Path(info.path).read_bytes()
-        left = [(label, beton.shrink_image(rgb, side)) for label, rgb in originals]
+        left = [(label, encode.shrink_image(rgb, side)) for label, rgb in originals]
         for k in range(60):
             stored = decode_image(content[int(info.data_ptrs[k]) : int(info.data_ptrs[k] + info.sizes[k])])
             same = [n for n, (label, rgb) in enumerate(left) if label == info.labels[k] and rgb.shape == stored.shape]
@@ -281,7 +282,7 @@ def test_a_corrupt_image_stops_the_run_and_can_be_left_out_without_starting_over
     finished = convert(broken, out, *flags, "--out.workers=1", "--source.skip_corrupt=true")
     assert re.search(r"continuing after \d+ images", finished.stdout)
     assert finished.stdout.splitlines()[-1] == "skipped zebra/29.JPEG: Premature end of JPEG file"
-    info, problems = beton.verify(out / "train_64.beton")
+    info, problems = verify(out / "train_64.beton")
     assert problems == []
     assert info.num_samples == 59
     assert info.manifest["skipped"] == [{"id": "zebra/29.JPEG", "reason": "Premature end of JPEG file"}]
@@ -405,15 +406,15 @@ class SlowSource:
 
 
 def test_a_slow_image_does_not_let_the_rest_pile_up_in_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(write_dataset, "HELD_BYTES", 200_000)
+    monkeypatch.setattr(encode, "HELD_BYTES", 200_000)
     log = tmp_path / "reads"
     slow = SimpleNamespace(
         source=SlowSource(log, jpeg(0, 320, 240)),
         paths={320: "unused"},
         encoding={"quality": 90, "raw_share": 1.0, "seed": 0},  # 230 kB each: a chunk is beyond the limit
     )
-    chunk = write_dataset.CHUNK
-    samples = write_dataset.encode_all(slow, np.arange(12 * chunk), 2)
+    chunk = encode.CHUNK
+    samples = encode.encode_all(slow, np.arange(12 * chunk), 2)
     assert next(samples)[0] == "a/0.jpg"
     # The slow chunk, one received beyond the limit, one finished but not taken, and one begun by the freed worker.
     assert len(log.read_text().splitlines()) <= 4 * chunk
@@ -426,7 +427,7 @@ def test_imagenette_converts_as_it_is(tmp_path):
     if not folder:
         pytest.skip("IMAGENETTE_DIR is not set: no real Imagenette images here")
     convert(folder, tmp_path, "--source.subset=100", "--out.resolutions=128,224", "--out.workers=2")
-    info, problems = beton.verify(tmp_path / "val_128.beton")
+    info, problems = verify(tmp_path / "val_128.beton")
     assert problems == []
     assert (info.num_samples, info.num_classes, info.median_short_side) == (100, 10, 128)
     assert info.classes[0] == {"wnid": "n01440764", "name": "tench"}

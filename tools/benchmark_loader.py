@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 from rn50.command import run
-from rn50.data import beton, decode, loaders, native
-from rn50.data.sources import EXTENSIONS, decode_image
+from rn50.data import beton, decode, encode, loaders, native, writer
+from rn50.data.jpeg import decode_image
+from rn50.data.listing import EXTENSIONS
 from rn50.errors import RunError
 from rn50.machine import cores
 
@@ -78,8 +79,8 @@ def write_files(images, folder, copies):
     paths = sorted(path for path in Path(images).iterdir() if path.suffix.lower() in EXTENSIONS)
     if not paths:
         raise RunError(f"{images} holds no images")
-    pictures = [beton.shrink_image(decode_image(path.read_bytes()), MAX_SIDE) for path in paths]
-    plain = [beton.encode_jpeg(picture, QUALITY) for picture in pictures]
+    pictures = [encode.shrink_image(decode_image(path.read_bytes()), MAX_SIDE) for path in paths]
+    plain = [encode.encode_jpeg(picture, QUALITY) for picture in pictures]
     stored = [jpeg + native.index_jpeg(jpeg) for jpeg in plain]
     (folder / "tree" / "all").mkdir(parents=True)
     for k, jpeg in enumerate(plain):
@@ -88,7 +89,7 @@ def write_files(images, folder, copies):
     for name, data in (("tiled", stored), ("untiled", plain)):
         path = folder / f"{name}.beton"
         total = len(data) * copies
-        ladder = beton.LadderWriter(
+        ladder = writer.LadderWriter(
             paths={MAX_SIDE: path}, journal=folder / f"{name}.journal", capacity=total, fingerprint=name
         )
         for k in range(total):
@@ -255,7 +256,7 @@ def report(args, count, speeds):
             for name, values in speeds.items()
         ]
         content = {"resolution": args.resolution, "threads": args.threads, "images": count, "results": results}
-        with beton.disk_errors(args.json):
+        with writer.disk_errors(args.json):
             Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from rn50.command import run
-from rn50.data import beton
-from rn50.data.sources import EXTENSIONS
+from rn50.data import writer
+from rn50.data.listing import EXTENSIONS
 from rn50.errors import RunError
 
 RESOLUTIONS = (400, 500)
@@ -109,7 +109,7 @@ def report(args, count, speeds):
             for name, values in speeds.items()
         ]
         content = {"resolutions": RESOLUTIONS, "workers": args.workers, "images": count, "results": results}
-        with beton.disk_errors(args.json):
+        with writer.disk_errors(args.json):
             Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from PIL import Image
 
 from rn50.command import run
-from rn50.data import beton
+from rn50.data import beton, writer
 from rn50.data.decode import RandomCropDecoder
-from rn50.data.sources import decode_jpeg
+from rn50.data.jpeg import decode_jpeg
 from rn50.errors import RunError
 
 COLUMNS = 4
@@ -44,7 +44,7 @@ def main():
     blank = np.zeros((-len(triples) % COLUMNS, *triples.shape[1:]), np.uint8)
     rows = np.concatenate([triples, blank]).reshape(-1, COLUMNS, *triples.shape[1:])
     sheet = np.concatenate([np.concatenate(list(row), axis=1) for row in rows], axis=0)
-    with beton.disk_errors(args.out):
+    with writer.disk_errors(args.out):
         Image.fromarray(sheet).save(args.out)
     print(
         f"{len(samples)} crops at {args.resolution} px: mean absolute difference {np.abs(difference).mean():.2f} grey "

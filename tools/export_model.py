@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from rn50.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
 from rn50.command import run
-from rn50.data import beton
+from rn50.data import beton, writer
 from rn50.data.sources import open_source
 from rn50.errors import RunError, UsageError
 from rn50.machine import commit
@@ -65,7 +65,7 @@ def main():
     args.out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{args.out.name}.", suffix=".partial", dir=args.out.parent))
     try:
-        with beton.disk_errors(folder):
+        with writer.disk_errors(folder):
             config = write(folder, args, state, which, description, network, data)
             replace(args.out, folder)
     finally:

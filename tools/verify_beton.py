@@ -12,7 +12,7 @@ import sys
 from tqdm import tqdm
 
 from rn50.command import run
-from rn50.data import beton
+from rn50.data.verify import verify
 from rn50.errors import RunError
 
 SHOWN = 10
@@ -26,7 +26,7 @@ def main():
     damaged = 0
     for file in arguments.files:
         try:
-            info, problems = beton.verify(file, quick=arguments.quick, progress=_progress)
+            info, problems = verify(file, quick=arguments.quick, progress=_progress)
         except RunError as error:
             info, problems = None, [str(error)]
         for problem in problems[:SHOWN]:

@@ -13,7 +13,7 @@ from ffcv.pipeline.allocation_query import AllocationQuery
 
 from rn50.data import native
 from rn50.data.beton import RAW
-from rn50.data.sources import decode_jpeg
+from rn50.data.jpeg import decode_jpeg
 from rn50.errors import RunError
 from rn50.seeded import CROPS, uniforms
 

@@ -167,7 +167,7 @@ def paired_difference(right, other):
 
 def dataset_name(labels):
     """What the classes say about the data: ImageNet-1k, Imagenette, or nothing."""
-    from rn50.data.sources import IMAGENETTE_NAMES
+    from rn50.data.imagenet import IMAGENETTE_NAMES
 
     wnids = {label["wnid"] for label in labels}
     if wnids == set(IMAGENETTE_NAMES):
