@@ -361,3 +361,11 @@ def test_fuzzing_under_sanitizers(tmp_path):
     decoded, refused = map(int, result.stdout.split())
     assert decoded > 1000
     assert refused > 1000
+
+
+def test_a_library_of_another_version_is_refused_before_it_writes_anywhere(monkeypatch):
+    monkeypatch.setattr(native, "LAYOUT", (*native.LAYOUT[:-1], 5))
+    native.library.cache_clear()
+    with pytest.raises(RunError, match="built from another version of rn50"):
+        native.library()
+    native.library.cache_clear()

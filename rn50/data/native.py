@@ -10,7 +10,7 @@ import numpy as np
 
 from rn50.errors import RunError
 
-# One record an image, the same layout as struct crop: output pixel i of a row covers the stored image from
+# One record an image, laid out as struct crop is: output pixel i of a row covers the stored image from
 # x + i * scale_x to x + (i + 1) * scale_x, and only pixels of [x0, x1) x [y0, y1) are looked at.
 CROP = np.dtype(
     [(name, "<f8") for name in ("x", "y", "scale_x", "scale_y")]
@@ -31,14 +31,30 @@ class _Batch(ctypes.Structure):
     ]
 
 
+LAYOUT = (
+    CROP.itemsize,
+    CROP.fields["flip"][1],
+    ctypes.sizeof(_Batch),
+    _Batch.count.offset,
+    _Batch.nanoseconds.offset,
+    len(PHASES),
+)
+
+
 @functools.cache
 def library():
-    """The compiled library; RunError where it was not built."""
+    """The compiled library; RunError where it was not built, or from another version of its source."""
     name = "_decode_v3" if platform.machine() == "x86_64" and _cpu_flags() >= _V3_FLAGS else "_decode"
     found = glob.glob(str(Path(__file__).with_name(f"{name}.*.so")))
     if not found:
         raise RunError("rn50's C part is not built; run tools/setup.sh, or: pip install --no-deps -e .")
     loaded = ctypes.CDLL(found[0])
+    try:
+        layout = tuple((ctypes.c_int32 * len(LAYOUT)).in_dll(loaded, "rn50_layout"))
+    except ValueError:
+        layout = None
+    if layout != LAYOUT:
+        raise RunError(f"{found[0]} was built from another version of rn50; build it again: pip install --no-deps -e .")
     loaded.rn50_decode.argtypes = [ctypes.POINTER(_Batch), ctypes.c_int]
     loaded.rn50_index.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t]
     loaded.rn50_index.restype = ctypes.c_int64

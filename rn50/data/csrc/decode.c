@@ -19,6 +19,11 @@
 #include <immintrin.h>
 #endif
 
+const int32_t rn50_layout[6] = {
+    sizeof(struct crop), offsetof(struct crop, flip), sizeof(struct batch), offsetof(struct batch, count),
+    offsetof(struct batch, nanoseconds), PHASES,
+};
+
 typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
 typedef uint8_t b16 __attribute__((vector_size(16)));

@@ -9,10 +9,11 @@ enum phase { HEADER, DECODE, ROWS, COLUMNS, PHASES };
 
 struct box { int x0, y0, x1, y1; };
 
-/* Where the output lies in the picture, all in pixels; the same layout as rn50.native.CROP. */
+/* Where the output lies in the picture, all in pixels. native.CROP has the same layout. */
 struct crop { double x, y, scale_x, scale_y; struct box limit; int32_t flip, unused; };
+_Static_assert(offsetof(struct crop, limit) == 32 && sizeof(struct crop) == 56, "native.CROP is packed like this");
 
-/* The same layout as rn50.native._Batch. */
+/* native._Batch has the same layout. */
 struct batch {
     const uint8_t *const *data;
     const uint64_t *bytes;
@@ -25,10 +26,14 @@ struct batch {
     _Atomic int64_t *nanoseconds; /* [PHASES], all threads together; NULL: not wanted */
 };
 
-/* Decodes the samples of `batch`; gives how many failed, and why in its status. */
+/* Sizes and places that native.py compares with its own when it loads the library: a library of another version would
+   write where nobody expects it. */
+extern const int32_t rn50_layout[6];
+
+/* Decodes the samples of `batch`; returns how many failed, and says why in its status. */
 int rn50_decode(const struct batch *batch, int threads);
 
-/* Writes the table of a JPEG, for `tile` MCUs a tile, and its footer to `table` [room]; gives its bytes, or -status. */
+/* Writes the table of a JPEG, for `tile` MCUs a tile, and its footer to `table` [room]; returns its bytes, or -status. */
 int64_t rn50_index(const uint8_t *data, size_t size, int tile, uint8_t *table, size_t room);
 
 #endif
