@@ -1,6 +1,6 @@
-"""Who may import whom (docs/architecture.md), read off the source, and that planning and cloud load no torch."""
+"""Who may import whom: the contracts in pyproject.toml hold, and break where they should."""
 
-import ast
+import shutil
 import subprocess
 import sys
 
@@ -8,36 +8,39 @@ import pytest
 
 from tests.conftest import ROOT
 
-WINGS = ("data", "training", "planning", "cloud", "publishing")
-FORBIDDEN = {"": WINGS, "data": ("training", "planning", "cloud", "publishing")}
-FORBIDDEN |= {"planning": ("training", "data", "cloud", "publishing")}
-FORBIDDEN |= {"cloud": ("training", "data", "planning", "publishing")}
-MODULES = sorted((ROOT / "rn50").rglob("*.py"))
+LINT = "import sys; from importlinter.cli import lint_imports_command; lint_imports_command()"
 
 
-def imported(path):
-    """The rn50 modules that a file imports, anywhere in it, as dotted names."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "rn50":
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "rn50")
+def lint(root):
+    """What import-linter says of the package in `root`."""
+    return subprocess.run(
+        [sys.executable, "-c", LINT], cwd=root, capture_output=True, text=True, timeout=100, env={"PYTHONPATH": str(root)}
+    )
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_floor_imports_no_wing_and_a_wing_no_other(path):
-    wing = path.parent.name if path.parent.name in WINGS else ""
-    for name in imported(path):
-        assert name.split(".")[1] not in FORBIDDEN.get(wing, ()), name
+def test_the_contracts_hold():
+    done = lint(ROOT)
+    assert done.returncode == 0, done.stdout
+    assert "3 kept, 0 broken" in done.stdout
 
 
-def test_planning_and_cloud_load_no_torch():
-    names = [
-        f"rn50.{wing}.{path.stem}"
-        for wing in ("planning", "cloud")
-        for path in (ROOT / "rn50" / wing).glob("[a-z]*.py")
-    ]
-    code = f"import importlib, sys; [importlib.import_module(name) for name in {names}]; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=100)
-    assert done.stdout == "False\n", done.stderr
-    assert len(names) >= 5
+@pytest.mark.parametrize(
+    ("module", "line", "broken"),
+    [
+        ("model.py", "from rn50.data import beton", "The ground floor"),
+        ("planning/costs.py", "from rn50.data import order", "The ground floor"),
+        ("unheard_of.py", "", "The ground floor"),
+        ("cloud/store.py", "def late():\n    import torch", "no torch"),
+        ("data/jpeg.py", "def late():\n    from rn50.data import sources", "No import circle"),
+    ],
+)
+def test_a_breach_is_named(tmp_path, module, line, broken):
+    shutil.copytree(ROOT / "rn50", tmp_path / "rn50", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    with open(tmp_path / "rn50" / module, "a", encoding="utf-8") as file:
+        file.write(f"\n\n{line}\n")
+    done = lint(tmp_path)
+    assert done.returncode == 1
+    broken_ones = [row for row in done.stdout.splitlines() if row.endswith("BROKEN")]
+    assert len(broken_ones) == 1, done.stdout
+    assert broken in broken_ones[0]
