@@ -1,4 +1,4 @@
-"""The page: Gradio 6 around inference.py.
+"""The page: Gradio 6 around inference.py, about.py and uploads.py.
 
     MODEL_DIR=model python app.py
 
@@ -18,10 +18,8 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from glob import glob
+from contextlib import contextmanager
 from pathlib import Path
 
 # Read by gradio and huggingface_hub while they are imported.
@@ -31,29 +29,15 @@ UPLOADS = tempfile.mkdtemp(prefix="uploads-")
 os.environ["GRADIO_TEMP_DIR"] = UPLOADS
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
+from about import about, api_text, model_card, title  # noqa: E402
 from inference import MAX_BYTES, BadModel, Classifier, UnreadableImage  # noqa: E402
+from uploads import DELETE_AFTER, DELETE_EVERY, Gate, sweep  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 TOP = 5
 BATCH = 24
 AT_ONCE = 2  # pictures being decoded, of all visitors together
 WAITING = 100  # requests; beyond that visitors are told to come back
-# Seconds: how often uploads are looked through, and the age at which they go. The visitor's own browser fetches the
-# picture once more, right after uploading it.
-DELETE_EVERY, DELETE_AFTER = 5, 20
-# What the page and its API clients ask for; Gradio answers more, such as the uploading of recordings, which it keeps.
-ASKED = (
-    *("/assets/", "/config", "/favicon.ico", "/manifest.json", "/pwa_icon", "/robots.txt", "/static/", "/svelte/"),
-    "/theme.css",
-    *(
-        f"/gradio_api/{name}"
-        for name in (
-            *("app_id", "call/", "cancel", "file=", "heartbeat/", "info", "login_check", "openapi.json", "queue/"),
-            *("reset", "run/", "startup-events", "theme.css", "upload", "user"),
-        )
-    ),
-)
-MIB = 1024 * 1024
 
 
 def load_model():
@@ -111,69 +95,6 @@ try:
 except BadModel as problem:
     sys.exit(f"error: {problem}")
 CONFIG = MODEL.config
-
-
-class Gate:
-    """ASGI middleware: requests that the page has no use for get 404, and none brings more than it may.
-
-    Gradio limits the size of a file, not how many there are, nor other parts of a form, nor JSON.
-    """
-
-    def __init__(self, app):
-        self.app = app
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        path = scope["path"]
-        if path != "/" and (not path.startswith(ASKED) or path.lower().startswith("/gradio_api/file=http")):
-            return await refuse(send, 404, b"Not found")
-        left = (BATCH * MAX_BYTES if path.startswith("/gradio_api/upload") else 0) + MIB
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > left:
-            return await refuse(send, 413, f"At most {left // 1_000_000} MB at a time.".encode())
-
-        async def limited():
-            nonlocal left
-            message = await receive()
-            left -= len(message.get("body", b""))
-            # a body without a length: from here on as if the sender had gone
-            return message if left >= 0 else {"type": "http.disconnect"}
-
-        return await self.app(scope, limited, send)
-
-
-async def refuse(send, status, words):
-    headers = [(b"content-type", b"text/plain"), (b"content-length", b"%d" % len(words))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": words})
-
-
-def sweep(kept):
-    """Delete for ever what Gradio does not: uploads that were broken off, and the empty folders of all others."""
-    while True:
-        time.sleep(1)
-        coming_in = open_here()
-        # deepest first, so that a folder is empty when its turn comes
-        for path in sorted(Path(UPLOADS).rglob("*"), reverse=True):
-            try:
-                if path in kept or time.time() - path.lstat().st_ctime < DELETE_AFTER + DELETE_EVERY + 2:
-                    continue
-                # the first pictures of a batch wait for its last, over a slow line for minutes
-                if os.path.realpath(path) in coming_in:
-                    continue
-                path.rmdir() if path.is_dir() else path.unlink()
-            except OSError:  # not empty, or gone by itself
-                continue
-
-
-def open_here():
-    """The paths of the files that this process has open, on Linux."""
-    paths = set()
-    for link in glob("/proc/self/fd/*"):
-        with suppress(OSError):
-            paths.add(os.readlink(link))
-    return paths
 
 
 async def only_uploads(self, url_or_file_path):
@@ -325,128 +246,6 @@ EMPTY = (
 NO_PICTURES = f'<div class="rn50-empty"><p>Up to {BATCH} pictures at a time.</p></div>'
 
 
-def headline():
-    return next((row for row in CONFIG["results"] if row["headline"]), None)
-
-
-def title():
-    arch = CONFIG["architecture"]["arch"].replace("resnet", "ResNet-")
-    row = headline()
-    accuracy = f" It is right on {row['top1']:.1f} % of the validation images." if row else ""
-    return (
-        f'<header class="rn50-header"><h1>{html.escape(CONFIG["name"])}</h1><p>{arch}, trained from scratch on '
-        f"{html.escape(CONFIG['dataset'])}: {len(MODEL.labels)} classes.{accuracy}</p></header>"
-    )
-
-
-def about():
-    """HTML: the figures that matter, each with what it depends on, and the training curve."""
-    row, made = headline(), CONFIG["training"]
-    tiles = []
-    if row:
-        view = "one view" if row["view"] == "single" else "averaged with the mirror image"
-        where = f"{row['resolution']} px, {view}, {row['images']} images"
-        interval = f"95 %: {row['top1_low']:.1f} to {row['top1_high']:.1f}"
-        tiles += [(f"{row['top1']:.2f} %", f"top-1 ({interval})", where), (f"{row['top5']:.2f} %", "top-5", where)]
-    took, priced = duration(made["seconds"]), made.get("dollars") is not None
-    cost, more = (f"${made['dollars']:.2f}", took) if priced else (took, "price not recorded")
-    tiles.append((cost, "of training", f"{more}, {made['device'] or 'machine not recorded'}"))
-    tiles.append((f"{made['epochs']:g}", "epochs", f"of {CONFIG['recipe']['training']['epochs']} in the recipe"))
-    shown = "".join(
-        f'<div class="rn50-tile"><p class="rn50-value">{html.escape(value)}</p><p>{html.escape(what)}</p>'
-        f'<p class="rn50-small">{html.escape(more)}</p></div>'
-        for value, what, more in tiles
-    )
-    return f'<div class="rn50-tiles">{shown}</div>{curve(CONFIG["curve"])}'
-
-
-def duration(seconds):
-    if seconds < 60:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 3600 else f"{seconds / 3600:.1f} hours"
-
-
-def curve(rows, width=640, height=240, left=44, bottom=34, top=14):
-    """An SVG of training loss and validation top-1 over epochs, in the page's colours."""
-    if len(rows) < 2:
-        return ""
-    last = rows[-1]["epoch"]
-
-    def line(key, name, low, high):
-        points = [(row["epoch"], row[key]) for row in rows if isinstance(row.get(key), int | float)]
-        if not points:
-            return ""
-        placed = [
-            (
-                left + (width - 2 * left) * epoch / max(1, last),
-                height - bottom - (height - bottom - top) * (value - low) / max(1e-9, high - low),
-            )
-            for epoch, value in points
-        ]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in placed) if len(placed) <= 40 else ""
-        return f'<g class="rn50-{name}"><polyline points="{path}"/>{dots}</g>'
-
-    losses = [row["train_loss"] for row in rows if isinstance(row.get("train_loss"), int | float)]
-    most = max(losses, default=1.0) * 1.05
-    marks = "".join(
-        f'<line x1="{left}" x2="{width - left}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end" class="rn50-loss">{most * share:.1f}</text>'
-        f'<text x="{width - left + 6}" y="{y + 4:.1f}" class="rn50-top1">{100 * share:.0f} %</text>'
-        for share in (0, 0.25, 0.5, 0.75, 1)
-        for y in [height - bottom - (height - bottom - top) * share]
-    )
-    return (
-        '<figure class="rn50-curve"><figcaption>Training: <span class="rn50-loss">loss</span> and '
-        '<span class="rn50-top1">validation top-1</span> by epoch</figcaption>'
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Training loss and validation top-1 by epoch">'
-        f'<g class="rn50-grid">{marks}</g>{line("train_loss", "loss", 0, most)}{line("top1", "top1", 0, 100)}'
-        f'<text x="{left}" y="{height - 10}">epoch 1</text>'
-        f'<text x="{width - left}" y="{height - 10}" text-anchor="end">epoch {last + 1}</text></svg></figure>'
-    )
-
-
-def model_card():
-    """The model's README.md without its front matter and title."""
-    try:
-        text = (MODEL.folder / "README.md").read_text(encoding="utf-8")
-    except OSError:
-        return ""
-    body = text.split("---\n", 2)[2] if text.startswith("---\n") else text
-    return body.lstrip().split("\n", 1)[1] if body.lstrip().startswith("# ") else body
-
-
-def address():
-    host = os.environ.get("SPACE_HOST")
-    return f"https://{host}" if host else f"http://127.0.0.1:{os.environ.get('GRADIO_SERVER_PORT', 7860)}"
-
-
-def api_text():
-    url = address()
-    return f"""Each picture gives its {TOP} most probable classes as JSON.
-
-### Python
-
-```python
-from gradio_client import Client, handle_file
-
-client = Client("{url}")
-print(client.predict(handle_file("picture.jpg"), api_name="/predict"))
-```
-
-### curl
-
-```bash
-URL={url}
-FILE=picture.jpg
-UPLOADED=$(curl -sf -F "files=@$FILE" "$URL/gradio_api/upload" | tr -d '[]"')
-EVENT=$(curl -sf "$URL/gradio_api/call/predict" -H "Content-Type: application/json" \\
-    -d '{{"data": [{{"path": "'"$UPLOADED"'", "meta": {{"_type": "gradio.FileData"}}}}]}}' | cut -d '"' -f 4)
-curl -sfN "$URL/gradio_api/call/predict/$EVENT"
-```
-"""
-
-
 def build():
     theme = gr.themes.Default(
         primary_hue="indigo",
@@ -460,7 +259,7 @@ def build():
     on_page = {**shared, "api_visibility": "private", "show_progress": "minimal"}
     names = json.dumps(MODEL.names).replace("<", "\\u003c")
     with gr.Blocks(title=CONFIG["name"], delete_cache=(DELETE_EVERY, DELETE_AFTER), analytics_enabled=False) as page:
-        gr.HTML(title())
+        gr.HTML(title(CONFIG, len(MODEL.labels)))
         with gr.Tab("Classify"):
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=280):
@@ -486,10 +285,10 @@ def build():
             )
             gallery = gr.HTML(NO_PICTURES, elem_id="rn50-gallery")
         with gr.Tab("About"):
-            gr.HTML(about())
-            gr.Markdown(model_card(), elem_classes="rn50-text")
+            gr.HTML(about(CONFIG))
+            gr.Markdown(model_card(MODEL.folder), elem_classes="rn50-text")
         with gr.Tab("API"):
-            gr.Markdown(api_text(), elem_classes="rn50-text", elem_id="rn50-api")
+            gr.Markdown(api_text(TOP), elem_classes="rn50-text", elem_id="rn50-api")
             sent, answer = Picture(visible=False), gr.JSON(visible=False)
             asked = gr.Button(visible=False)
         gr.HTML(
@@ -513,7 +312,7 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     global demo  # the name by which a Space finds the page to reload it
     demo, looks = build()
-    threading.Thread(target=sweep, args=({*Path(UPLOADS).rglob("*")},), daemon=True).start()
+    threading.Thread(target=sweep, args=(UPLOADS, {*Path(UPLOADS).rglob("*")}), daemon=True).start()
     demo.launch(
         **looks,
         footer_links=[],
@@ -525,7 +324,9 @@ def main():
         run_history=False,
         ssr_mode=False,
         state_session_capacity=100,
-        app_kwargs={"middleware": [(Gate, (), {})]},  # Starlette unpacks its own Middleware to this
+        app_kwargs={
+            "middleware": [(Gate, (), {"upload_bytes": BATCH * MAX_BYTES})]
+        },  # Starlette unpacks its own Middleware to this
     )
 
 

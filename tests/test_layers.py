@@ -14,7 +14,12 @@ LINT = "import sys; from importlinter.cli import lint_imports_command; lint_impo
 def lint(root):
     """What import-linter says of the package in `root`."""
     return subprocess.run(
-        [sys.executable, "-c", LINT], cwd=root, capture_output=True, text=True, timeout=100, env={"PYTHONPATH": str(root)}
+        [sys.executable, "-c", LINT],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env={"PYTHONPATH": str(root)},
     )
 
 

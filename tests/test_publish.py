@@ -17,7 +17,17 @@ from tests.conftest import ROOT
 from tests.fake_hub import TOKEN, UNPAID, Hub
 
 MODEL_FILES = {"README.md", "config.json", "model.onnx", "model.safetensors"}
-SPACE_FILES = {"README.md", "app.py", "inference.py", "page.css", "page.js", "requirements.txt", "model.json"}
+SPACE_FILES = {
+    "README.md",
+    "about.py",
+    "app.py",
+    "inference.py",
+    "page.css",
+    "page.js",
+    "requirements.txt",
+    "uploads.py",
+}
+SPACE_FILES |= {"model.json"}
 
 
 @pytest.fixture

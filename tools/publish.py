@@ -28,7 +28,7 @@ import inference  # noqa: E402
 MODEL_FILES = ("README.md", "config.json", "model.onnx", "model.safetensors", "model_int8.onnx")
 NEEDED = ("README.md", "config.json", "model.onnx", "model.safetensors")
 EXAMPLE = re.compile(r"examples/[\w-]+\.jpg")
-APP_FILES = ("README.md", "app.py", "inference.py", "page.css", "page.js", "requirements.txt")
+APP_FILES = ("README.md", "about.py", "app.py", "inference.py", "page.css", "page.js", "requirements.txt", "uploads.py")
 POINTER = "model.json"
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # What to do about a refusal of the Hub, by its status.
