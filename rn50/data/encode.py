@@ -76,6 +76,7 @@ def encode_all(job, order, workers):
     """Yield `encode_sample` of each index in `order`, in this order, encoded by `workers` processes.
 
     RunError as soon as a process dies. At most HELD_BYTES (and a chunk a worker) wait here, however slow one image is.
+    Not concurrent.futures: its workers live on when this process is killed, and it cannot say what killed one of them.
     """
     chunks = [order[k : k + CHUNK].tolist() for k in range(0, len(order), CHUNK)]
     processes = {}
