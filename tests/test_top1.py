@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rn50.planning import costs, top1
+from rn50.planning import costs, forecast, top1
 from tests.conftest import ROOT
 
 TABLE = costs.read_table()
@@ -36,12 +36,21 @@ def test_flip_averaged_figures_at_256_are_brought_to_224_single_view():
     assert top1.expected_top1(TABLE, "ffcv", 56)[0] == pytest.approx(78.02 + correction)
 
 
-def test_between_published_lengths_top1_is_linear_in_the_logarithm_of_epochs():
+def test_between_two_published_lengths_top1_is_linear_in_the_logarithm_of_epochs():
     expected, _, basis = top1.expected_top1(TABLE, "mild", 36)
     share = math.log(36 / 28.8) / math.log(60 / 28.8)
     assert expected == pytest.approx(76.19 + share * (78.1 - 76.19))
     assert basis.startswith("projected between published")
     assert top1.expected_top1(TABLE, "classic_cosine", 90)[2].startswith("76.13 to 77.12 %")
+
+
+def test_a_plan_and_the_forecast_of_a_run_expect_the_same_of_a_length_that_nobody_published():
+    correction, _ = top1.view_correction(TABLE)
+    # costs.csv has the finals of ffcv_curves.csv with two digits
+    expected = forecast.reference().final_top1(48) + correction
+    assert top1.expected_top1(TABLE, "ffcv", 48)[0] == pytest.approx(expected, abs=0.01)
+    # a published length has its own figure, and not the curve's
+    assert abs(forecast.reference().final_top1(16) - 73.76) > 0.01
 
 
 def test_probability_of_a_normal_distribution():

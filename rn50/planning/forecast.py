@@ -18,6 +18,7 @@ import numpy as np
 
 from rn50 import schedules
 from rn50.metrics import wilson_interval
+from rn50.planning.top1 import curve
 
 CURVES = Path(__file__).with_name("ffcv_curves.csv")
 EVALUATION = "256 px, averaged with the mirror image"
@@ -70,18 +71,14 @@ class Reference:
     """What some of the published curves say of a run's final top-1 and of its loss and top-1 on the way."""
 
     def __init__(self, curves):
-        lengths = np.log(sorted(curves))
-        self._final = np.polyfit(lengths, [curves[epochs][-1]["top1"] for epochs in sorted(curves)], 2)
+        # function of epochs: in %, of a run of this length that is on track
+        self.final_top1 = curve({epochs: rows[-1]["top1"] for epochs, rows in curves.items()})
         points = [(epochs, row) for epochs, rows in curves.items() for row in rows if comparable(row["epoch"], epochs)]
         shapes = np.stack([_shape(epochs, row["epoch"] + 1) for epochs, row in points])
         self._fit = {
             key: np.linalg.lstsq(shapes, np.array([row[key] for _, row in points]), rcond=None)[0]
             for key in ("train_loss", "top1")
         }
-
-    def final_top1(self, epochs):
-        """In %, of a run of this length that is on track."""
-        return float(np.polyval(self._final, math.log(epochs)))
 
     def points_per_nat(self, epochs, done):
         """Change of final top-1 with a nat more of training loss after `done` epochs: that of a shorter schedule."""
