@@ -12,7 +12,7 @@ import yaml
 
 from rn50.errors import UsageError
 from rn50.files import read_rows
-from rn50.planning import budget, costs
+from rn50.planning import budget, costs, speeds
 from rn50.training.progress import Progress
 from tests.conftest import ROOT
 from tests.test_train_imagenet import TORCHRUN, assert_refused, command, run
@@ -96,7 +96,7 @@ def test_a_projection_is_the_plans_and_scales_with_the_data():
     recipe = costs.read_recipe(ROOT / "rn50_configs" / "rn50_78.yaml")
     table = costs.read_table()
     (machine,) = [machine for machine in costs.machines(table, spot=False) if machine.name == "g5.xlarge"]
-    parts, _ = costs.hours(table, costs.fit(table), costs.loader_rates(table), recipe, machine)
+    parts, _ = speeds.hours(table, speeds.fit(table), speeds.loader_rates(table), recipe, machine)
     here = {"gpu_name": None, "gpus": 1, "machines": 1, "vcpus": 4, "memory_gib": 16}
     whole = {"images": 1281167, "validation_images": 50000, **here}
     hours, error = budget.projected_hours(recipe, instance="g5.xlarge", spot=False, **whole)

@@ -21,10 +21,9 @@ def causes(rows, config, classes=CLASSES):
     return [warning["cause"] for warning in forecast.forecast(rows, config, classes=classes)["warnings"]]
 
 
-@pytest.mark.parametrize("progress", [0.5, 0.75])
-def test_it_beats_the_bar_on_runs_it_has_not_seen(progress):
-    bar = [abs(error) for error in held_out_errors(progress, interpolated).values()]
-    ours = [abs(error) for error in held_out_errors(progress, as_logged).values()]
+def test_it_beats_the_bar_on_runs_it_has_not_seen():
+    bar = [abs(error) for error in held_out_errors(interpolated).values()]
+    ours = [abs(error) for error in held_out_errors(as_logged).values()]
     assert fmean(bar) == pytest.approx(0.264, abs=0.005)
     assert fmean(ours) < 0.1
     # what it says of its spread is the worst of the six, rounded
@@ -49,11 +48,12 @@ def test_a_run_on_track_is_forecast_from_the_first_epoch_with_what_the_figure_me
         assert found["spread"] == 0.19
 
 
-def test_a_training_loss_that_is_too_high_lowers_it_by_what_a_shorter_schedule_loses():
-    high = [row | {"train_loss": row["train_loss"] + 0.1} for row in RUN[:16]]
-    plain, lower = (forecast.forecast(rows, config_of(32), classes=CLASSES)["top1"] for rows in (RUN[:16], high))
-    # the 16-epoch run's loss is about 0.2 higher half-way, its top-1 2.8 lower
-    assert 0.3 < plain - lower < 1.5
+def test_a_training_loss_that_is_too_high_leaves_no_number():
+    for nats, basis in ((0.05, "FFCV's runs"), (0.2, "no basis: not as in the published runs: training")):
+        rows = [row | {"train_loss": row["train_loss"] + nats} for row in RUN[:16]]
+        found = forecast.forecast(rows, config_of(32), classes=CLASSES)
+        assert found["basis"] == basis
+        assert (found["top1"] is None) == bool(found["warnings"]) == (nats > 0.1)
 
 
 def test_false_alarms_are_fewer_than_one_in_twenty():
@@ -194,9 +194,6 @@ def test_a_schedule_that_ends_high_is_said_before_it_does():
 
 def test_the_published_table_is_the_one_the_check_writes():
     committed = (ROOT / "docs" / "results" / "forecast" / "results.md").read_text()
-    forecasts = {
-        name: {progress: held_out_errors(progress, estimate) for progress in forecast_check.PROGRESS}
-        for name, estimate in forecast_check.ESTIMATES.items()
-    }
+    forecasts = {name: held_out_errors(estimate) for name, estimate in forecast_check.ESTIMATES.items()}
     for line in forecast_check.forecast_lines(forecasts):
         assert line in committed

@@ -12,7 +12,7 @@ from PIL import Image
 from rn50.data.loaders import find_rungs
 from rn50.errors import RunError, UsageError
 from rn50.learner import Learner
-from rn50.planning import costs
+from rn50.planning import costs, speeds
 from tests.conftest import ROOT
 from tests.test_train_imagenet import load
 from tools import plan_run, preflight
@@ -230,12 +230,12 @@ def test_a_micro_batch_is_halved_until_it_fits():
 
 
 def test_the_loader_sets_the_pace_of_many_gpus():
-    speeds = costs.fit(costs.read_table())
+    fitted = speeds.fit(costs.read_table())
     row = {"training_images_per_second": 100.0, "loader_images_per_second": 300.0, "limited_by": "GPU"}
-    assert preflight.share_among([row], 1, speeds) == [row]
-    (two,) = preflight.share_among([row], 2, speeds)
-    assert (two["training_images_per_second"], two["limited_by"]) == (round(200 * speeds.efficiency(2), 1), "GPU")
-    (eight,) = preflight.share_among([row], 8, speeds)
+    assert preflight.share_among([row], 1, fitted) == [row]
+    (two,) = preflight.share_among([row], 2, fitted)
+    assert (two["training_images_per_second"], two["limited_by"]) == (round(200 * fitted.efficiency(2), 1), "GPU")
+    (eight,) = preflight.share_among([row], 8, fitted)
     assert (eight["training_images_per_second"], eight["limited_by"]) == (300.0, "CPU")
 
 

@@ -29,7 +29,7 @@ from rn50.cloud import store as cloud
 from rn50.command import run
 from rn50.errors import RunError, UsageError
 from rn50.files import parse_rows
-from rn50.planning import costs
+from rn50.planning import costs, speeds
 
 ROOT = Path(__file__).resolve().parents[1]
 TAG = {"project": "rn50"}
@@ -413,7 +413,7 @@ def projection(record, config):
         machine = None
     if machine is None or config.get("model", {}).get("arch") != "resnet50" or record["settings"]:
         return "no projection: the table of published figures has none for this instance or these settings", None
-    parts, limit = costs.hours(table, costs.fit(table), costs.loader_rates(table), recipe, machine, record["spot"])
+    parts, limit = speeds.hours(table, speeds.fit(table), speeds.loader_rates(table), recipe, machine, record["spot"])
     total = sum(parts.values())
     dollars = total * record["dollars_per_hour"]
     return (

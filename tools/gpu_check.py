@@ -21,7 +21,7 @@ from pathlib import Path
 from rn50.command import run
 from rn50.errors import RunError, UsageError
 from rn50.files import read_rows, write_atomically
-from rn50.planning import costs
+from rn50.planning import costs, speeds
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ".venv/bin/python"
@@ -105,14 +105,14 @@ def judge_speed(checker, output):
     """images/s of tools/preflight.py against what the cost model projects for this GPU."""
     report = json.loads((checker.work / "preflight.json").read_text())
     table = costs.read_table()
-    speeds = costs.fit(table)
+    fitted = speeds.fit(table)
     gpu = next((name for name in sorted(table.gpu, key=len, reverse=True) if name in report["device"]), None)
     if gpu is None:
         raise Failed(f"{report['device']} is not in rn50/planning/costs.csv: add a row with its memory bandwidth")
-    spread = costs.prediction_errors(costs.check(table))[speeds.gpu_rate(gpu, 1)[1] > 0]
+    spread = speeds.prediction_errors(speeds.check(table))[fitted.gpu_rate(gpu, 1)[1] > 0]
     lines, worst = [], 1.0
     for row in report["resolutions"]:
-        projected = speeds.total(gpu, table.gpu[gpu]["value"], report["gpus"], row["resolution"])
+        projected = fitted.total(gpu, table.gpu[gpu]["value"], report["gpus"], row["resolution"])
         ratio = row["training_images_per_second"] / projected
         worst = min(worst, ratio)
         lines.append(f"{row['resolution']} px: {row['training_images_per_second']:.0f}, {ratio:.2f} x the projection")

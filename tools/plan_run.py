@@ -17,7 +17,7 @@ import yaml
 from rn50.command import run
 from rn50.errors import RunError, UsageError
 from rn50.files import read_rows, write_result
-from rn50.planning import costs
+from rn50.planning import costs, projection, speeds
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIDENT = 0.9
@@ -26,9 +26,9 @@ CONFIDENT = 0.9
 def main(argv=None):
     args = arguments(argv)
     table = costs.read_table()
-    speeds, loader = costs.fit(table), costs.loader_rates(table)
-    checked = costs.check(table)
-    spread = costs.prediction_errors(checked)
+    fitted, loader = speeds.fit(table), speeds.loader_rates(table)
+    checked = speeds.check(table)
+    spread = speeds.prediction_errors(checked)
     recipes = costs.read_recipes(table)
     candidates = [measured_machine(args.preflight)] if args.preflight else costs.machines(table, args.spot)
     if args.instance:
@@ -38,13 +38,13 @@ def main(argv=None):
             what = "no spot price is known for" if args.spot else "there is no"
             raise UsageError(f"--instance: {what} {args.instance}; known are {', '.join(names)}")
     rows = [
-        costs.project(table, speeds, loader, spread, recipe, machine, args.target, args.spot)
+        projection.project(table, fitted, loader, spread, recipe, machine, args.target, args.spot)
         for machine in candidates
         for recipe in recipes
     ]
     rows = ranked(rows, args.budget)
     explain_p3(rows)
-    print("\n".join([*report(rows, args), *check_lines(table, speeds, loader, checked, spread)]))
+    print("\n".join([*report(rows, args), *check_lines(table, fitted, loader, checked, spread)]))
     if args.json:
         write_result(args.json, json.dumps(rows, indent=1) + "\n")
     if args.png:
@@ -172,9 +172,9 @@ def recommendation(rows, args):
     )
 
 
-def check_lines(table, speeds, loader, checked, spread):
+def check_lines(table, fitted, loader, checked, spread):
     yield "Training images/s of one GPU at 224 px (independent published sources; 0: from its memory bandwidth)"
-    known = {row["gpu"]: speeds.gpu_rate(row["gpu"], table.gpu[row["gpu"]]["value"]) for row in table.instance}
+    known = {row["gpu"]: fitted.gpu_rate(row["gpu"], table.gpu[row["gpu"]]["value"]) for row in table.instance}
     yield ", ".join(f"{gpu} {rate:.0f} ({sources})" for gpu, (rate, sources) in known.items())
     yield (
         f"Loader images/s of one vCPU, all of them busy, 160 px from 500 px: ours {loader['rn50']:.0f} (projected: "
@@ -293,7 +293,7 @@ def proposal(rows, args):
     best = rows[0]
     if too_old(best):
         raise UsageError(f"--proposal: not for {best['instance']}: {best['notes']}")
-    benchmark = {row["name"]: row for row in json.loads(costs.LOADER_BENCHMARK.read_text())["results"]}
+    benchmark = costs.loader_benchmark()
     results = ROOT / "docs" / "results" / "imagenette_cpu"
     imagenette = read_rows(results / "log.jsonl")[-1]["top1"]
     px = yaml.safe_load((results / "config.yaml").read_text(encoding="utf-8"))["validation"]["headline_resolution"]
@@ -323,8 +323,8 @@ validation images) and publish the code, the log, the cost and the weights.
 - Measured: ResNet-50 from scratch on Imagenette (ten classes) on a CPU, {imagenette:.1f} % top-1 at {px} px, single \
 view
   (docs/results/imagenette_cpu).
-- Measured: our loader gives {benchmark["rn50"]["images_per_second"]:.0f} images/s on one thread, stock FFCV \
-{benchmark["ffcv"]["images_per_second"]:.0f} (docs/results/benchmark_loader).
+- Measured: our loader gives {benchmark["rn50"]:.0f} images/s on one thread, stock FFCV \
+{benchmark["ffcv"]:.0f} (docs/results/benchmark_loader).
 - Not yet: no ImageNet run has been made with this code.
 
 **Risks, and what we do about them.**

@@ -29,7 +29,7 @@ from rn50.errors import RunError, UsageError
 from rn50.files import write_result
 from rn50.learner import Learner
 from rn50.machine import commit, cores, memory_bytes
-from rn50.planning import costs
+from rn50.planning import costs, speeds
 from rn50.training import distributed
 from rn50.training.progress import Waiting
 from rn50.training.session import check
@@ -91,7 +91,7 @@ def main():
         "dollars_per_hour": price,
         "micro_batch": micro,
         "staging_mb_per_s": staging,
-        "resolutions": share_among(rows, gpus, costs.fit(table)),
+        "resolutions": share_among(rows, gpus, speeds.fit(table)),
     }
     report |= revise(table, cfg, report, {sides[px]: rungs[sides[px]] for px in sides}, args.budget)
     spelled = ", ".join(f"{name} {value:.2f}" for name, value in report["hours_by_part"].items())
@@ -189,13 +189,13 @@ def timed(loader, cfg, device, px, step, micro, seconds):
         return images / spent, min(1.0, waiting.lap() / spent)
 
 
-def share_among(rows, gpus, speeds):
+def share_among(rows, gpus, fitted):
     """The rows for all GPUs of the machine: measured on one, whose loader had all cores."""
     if gpus == 1:
         return rows
     total = []
     for row in rows:
-        asked = row["training_images_per_second"] * gpus * speeds.efficiency(gpus)
+        asked = row["training_images_per_second"] * gpus * fitted.efficiency(gpus)
         rate = min(asked, row["loader_images_per_second"])
         limit = row["limited_by"] if rate == asked else "CPU"
         total.append({**row, "training_images_per_second": round(rate, 1), "limited_by": limit})
@@ -235,11 +235,11 @@ def revise(table, cfg, report, rungs, budget):
     machine = costs.measured_machine(report)
     images = {**table.constant["images_train"], "value": float(max(info.num_samples for info in rungs.values()))}
     table = dataclasses.replace(table, constant={**table.constant, "images_train": images})
-    parts, _ = costs.hours(table, costs.fit(table), None, recipe, machine)
+    parts, _ = speeds.hours(table, speeds.fit(table), None, recipe, machine)
     speed = report["staging_mb_per_s"] or table.value("staging_mb_per_s")
     parts["staging"] = sum(info.bytes for info in rungs.values()) / (speed * 1e6) / 3600
     hours = sum(parts.values())
-    dollars, high = (hours * factor * report["dollars_per_hour"] for factor in (1, 1 + costs.MEASURED_SPREAD))
+    dollars, high = (hours * factor * report["dollars_per_hour"] for factor in (1, 1 + speeds.MEASURED_SPREAD))
     reasons = []
     if report["micro_batch"] < cfg.training.micro_batch:
         reasons.append(
@@ -247,7 +247,7 @@ def revise(table, cfg, report, rungs, budget):
             f"--training.micro_batch={report['micro_batch']} does, and BatchNorm then sees fewer images"
         )
     if high > budget:
-        reasons.insert(0, f"${high:.2f} (measured speed + {costs.MEASURED_SPREAD:.0%}) is more than ${budget:g}")
+        reasons.insert(0, f"${high:.2f} (measured speed + {speeds.MEASURED_SPREAD:.0%}) is more than ${budget:g}")
     go = not reasons
     if any(row["data_wait_fraction"] >= WAITING for row in report["resolutions"]):
         reasons.append("training waits for data: more vCPU or a smaller data.rung would speed it up")

@@ -19,7 +19,7 @@ from pathlib import Path
 from rn50 import schedules
 from rn50.errors import UsageError
 from rn50.files import write_atomically
-from rn50.planning import costs
+from rn50.planning import costs, speeds, top1
 
 FILE = "spend.json"
 WRITE_SECONDS = 60.0
@@ -208,10 +208,10 @@ def projected_hours(recipe, *, images, validation_images, instance, spot, gpu_na
             dollars_low=0,
             dollars_high=0,
         )
-    speeds = costs.fit(table)
-    parts, _ = costs.hours(table, speeds, costs.loader_rates(table), recipe, machine, spot)
-    measured = speeds.gpu_rate(machine.gpu, table.gpu[machine.gpu]["value"])[1] > 0
-    error = math.expm1(costs.prediction_errors(costs.check(table))[measured])
+    fitted = speeds.fit(table)
+    parts, _ = speeds.hours(table, fitted, speeds.loader_rates(table), recipe, machine, spot)
+    measured = fitted.gpu_rate(machine.gpu, table.gpu[machine.gpu]["value"])[1] > 0
+    error = math.expm1(speeds.prediction_errors(speeds.check(table))[measured])
     training = parts["training"] * images / table.value("images_train")
     return training + parts["evaluation"] * validation_images / table.value("images_val"), error
 
@@ -227,8 +227,8 @@ def largest_that_fits(recipes, hours_of, dollars_per_hour, dollars):
         cost = hours_of(recipe) * dollars_per_hour
         if cost <= dollars:
             family = table.recipe[recipe.name]["schedule"]
-            top1, _, _ = costs.expected_top1(table, family, len(recipe.resolutions))
-            fitting.append((top1, -cost, recipe.name))
+            expected, _, _ = top1.expected_top1(table, family, len(recipe.resolutions))
+            fitting.append((expected, -cost, recipe.name))
     if not fitting:
         return None
     _, negative, name = max(fitting)
@@ -237,7 +237,7 @@ def largest_that_fits(recipes, hours_of, dollars_per_hour, dollars):
 
 @cache
 def resolution_exponent():
-    return costs.fit(costs.read_table()).exponent
+    return speeds.fit(costs.read_table()).exponent
 
 
 def seconds_to_finish(*, resolutions, evaluations, rows, epoch, epoch_share, epoch_seconds, images, validation_images):

@@ -2,10 +2,9 @@
 
 The reference: FFCV's six published runs of one recipe at six lengths (ffcv_curves.csv), one run each. Knowing the
 length is all there is to know of a run that is on track: final top-1 as a parabola in ln(epochs) through the other
-five lengths is off by 0.07 points on average, and no use of the curves made that smaller. So within the noise of the
-six the curve moves the forecast by nothing, and beyond it by what a schedule with such a training loss would lose.
-Causes that can be read from log and config are named for every run; whether a curve is as it should be is said only
-where the recipe is the reference's.
+five lengths is off by 0.07 points on average, and no use of the curves made that smaller. So a run on track is forecast
+from its length, and the curves only say whether it is. Causes that can be read from log and config are named for every
+run; whether a curve is as it should be is said only where the recipe is the reference's.
 """
 
 import csv
@@ -18,6 +17,7 @@ import numpy as np
 
 from rn50 import schedules
 from rn50.metrics import wilson_interval
+from rn50.planning.top1 import curve
 
 CURVES = Path(__file__).with_name("ffcv_curves.csv")
 EVALUATION = "256 px, averaged with the mirror image"
@@ -43,8 +43,6 @@ FIRST_EPOCH, LAST_PROGRESS = 3, 0.68
 LEARNING_STEPS, LEARNING_LOSS = 400, 0.99
 # Chosen on the published runs and 36 simulated from them, of which tools/forecast_check.py says how many they flag.
 LOSS_ALARM, TOP1_ALARM, TOP1_EPOCHS = 0.12, -4.0, 5
-# Nats by which a published run's own level may differ from what the other five make of it.
-LOSS_NOISE = 0.06
 # The largest error of a forecast for one of the six runs from the other five, in points (tools/forecast_check.py).
 SPREAD = 0.19
 
@@ -70,25 +68,14 @@ class Reference:
     """What some of the published curves say of a run's final top-1 and of its loss and top-1 on the way."""
 
     def __init__(self, curves):
-        lengths = np.log(sorted(curves))
-        self._final = np.polyfit(lengths, [curves[epochs][-1]["top1"] for epochs in sorted(curves)], 2)
+        # function of epochs: in %, of a run of this length that is on track
+        self.final_top1 = curve({epochs: rows[-1]["top1"] for epochs, rows in curves.items()})
         points = [(epochs, row) for epochs, rows in curves.items() for row in rows if comparable(row["epoch"], epochs)]
         shapes = np.stack([_shape(epochs, row["epoch"] + 1) for epochs, row in points])
         self._fit = {
             key: np.linalg.lstsq(shapes, np.array([row[key] for _, row in points]), rcond=None)[0]
             for key in ("train_loss", "top1")
         }
-
-    def final_top1(self, epochs):
-        """In %, of a run of this length that is on track."""
-        return float(np.polyval(self._final, math.log(epochs)))
-
-    def points_per_nat(self, epochs, done):
-        """Change of final top-1 with a nat more of training loss after `done` epochs: that of a shorter schedule."""
-        longer = 1.01
-        points = self.final_top1(longer * epochs) - self.final_top1(epochs)
-        nats = (_shape(longer * epochs, longer * done) - _shape(epochs, done)) @ self._fit["train_loss"]
-        return float(points / nats)
 
     def residual(self, key, epochs, row):
         """`row`'s train_loss or top1 minus what a run of this length has after this epoch."""
@@ -127,27 +114,26 @@ def forecast(rows, config, *, classes, names=None, curves=None):
     """{top1, spread, evaluation, basis, warnings} after the epochs in `rows` of log.jsonl.
 
     config: the run's, a nested dict as in config.yaml, because most of it matters. top1: expected at the end, in %,
-    under `evaluation`; None where there is no basis, and `basis` says why. spread: see SPREAD; six runs cannot say how
-    often it holds. warnings: [{cause, text}]. names: of the classes. curves: a Reference; None: of all published runs.
+    under `evaluation`; None where there is no basis, a warning among the reasons, and `basis` says why. spread: see
+    SPREAD; six runs cannot say how often it holds. warnings: [{cause, text}]. names: of the classes. curves: a
+    Reference; None: of all published runs.
     """
     curves = curves or reference()
     warnings = learning_rate_warnings(rows, config) + config_warnings(config, imagenet=classes == CLASSES)
     warnings += label_warnings(rows, names) or learning_warnings(rows, config, classes=classes)
     reason = no_basis(config, classes=classes)
-    if reason is None and warnings:
-        reason = f"the {warnings[0]['cause']} is not that of the published runs"
+    if reason is None:
+        warnings = warnings or curve_warnings(rows, config, curves)
+        if warnings:
+            reason = f"not as in the published runs: {warnings[0]['cause']}"
     if reason is not None:
         return {"top1": None, "spread": None, "evaluation": None, "basis": f"no basis: {reason}", "warnings": warnings}
-    epochs, validation = config["training"]["epochs"], config["validation"]
-    loss, top1 = levels(rows, epochs, curves)
-    same_view = (validation["headline_resolution"], validation["headline_view"]) == (256, "flip")
-    lost = loss_in_top1(loss, rows, epochs, curves)
     return {
-        "top1": round(curves.final_top1(epochs) - lost, 2),
+        "top1": round(curves.final_top1(config["training"]["epochs"]), 2),
         "spread": SPREAD,
         "evaluation": EVALUATION,
-        "basis": "FFCV's runs" + (", less what a training loss that much too high costs" if lost else ""),
-        "warnings": curve_warnings(loss, top1 if same_view else None),
+        "basis": "FFCV's runs",
+        "warnings": [],
     }
 
 
@@ -163,19 +149,15 @@ def levels(rows, epochs, curves):
     )
 
 
-def loss_in_top1(loss, rows, epochs, curves):
-    """Points that a training loss `loss` nats above the reference's costs; 0 within the noise of the six."""
-    if loss is None or loss <= LOSS_NOISE:
-        return 0.0
-    done = max(row["epoch"] + 1 for row in rows if comparable(row["epoch"], epochs))
-    return -curves.points_per_nat(epochs, done) * (loss - LOSS_NOISE)
-
-
-def curve_warnings(loss, top1):
+def curve_warnings(rows, config, curves):
+    """What in the curves of loss and top-1 is unlike the published ones; for a config like theirs alone."""
+    loss, top1 = levels(rows, config["training"]["epochs"], curves)
+    validation = config["validation"]
+    same_view = (validation["headline_resolution"], validation["headline_view"]) == (256, "flip")
     if loss is not None and loss > LOSS_ALARM:
         text = f"training loss is {loss:.2f} above the published runs': learning rate, weight decay or augmentation"
         return [{"cause": "training", "text": text}]
-    if top1 is not None and top1 < TOP1_ALARM:
+    if same_view and top1 is not None and top1 < TOP1_ALARM:
         text = (
             f"top-1 is {-top1:.0f} points below the published runs' while the training loss is as theirs: labels of "
             "training and validation differ, or the evaluation is not what it should be"

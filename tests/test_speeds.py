@@ -1,0 +1,142 @@
+"""Speeds and hours: the arithmetic against hand-made cases, and how it does on published runs."""
+
+import dataclasses
+import math
+
+import pytest
+
+from rn50.planning import costs, speeds
+
+TABLE = costs.read_table()
+SPEEDS = speeds.fit(TABLE)
+LOADER = speeds.loader_rates(TABLE)
+RECIPES = {recipe.name: recipe for recipe in costs.read_recipes(TABLE)}
+MACHINES = {machine.name: machine for machine in costs.machines(TABLE, spot=False)}
+
+
+def test_the_exponent_is_that_of_ffcvs_two_resolutions():
+    assert math.log(28087 / 20679) / math.log(192 / 160) == pytest.approx(SPEEDS.exponent)
+    assert speeds.fit(TABLE, without="FFCV").exponent == 2
+
+
+def test_sources_count_once_and_a_gpu_without_any_comes_from_its_bandwidth():
+    rate, sources = SPEEDS.gpu_rate("A10G", 600)
+    assert (round(rate, 1), sources) == (810.6, 1)
+    assert SPEEDS.gpu_rate("A100", 1555)[1] == 6
+    assert SPEEDS.gpu_rate("L4", 300) == (300 * SPEEDS.per_bandwidth, 0)
+
+
+def test_leaving_a_source_out_leaves_out_all_it_said():
+    fitted = speeds.fit(TABLE, without="Lambda")
+    assert all("Lambda" not in sources for sources in fitted.by_gpu.values())
+    assert "H100" not in fitted.by_gpu
+    row = next(row for row in speeds.check(TABLE) if row["source"] == "Sagar063" and row["gpu"] == "A10G")
+    assert row["sources"] == 0
+    without = speeds.fit(TABLE, without="Sagar063")
+    hours = 195 * 1_281_167 / (without.per_bandwidth * 600) / 3600
+    assert row["predicted"] == pytest.approx(hours)
+    assert row["error"] == pytest.approx(hours / 88 - 1)
+
+
+def test_a_source_cannot_improve_the_prediction_of_itself():
+    """Ten times the images/s in one source's rows change nothing in what is predicted for it."""
+    rate = [{**row, "value": row["value"] * (10 if row["name"] == "NVIDIA" else 1)} for row in TABLE.rate]
+    changed = speeds.check(dataclasses.replace(TABLE, rate=rate))
+    for before, after in zip(speeds.check(TABLE), changed, strict=True):
+        if before["source"] == "NVIDIA":
+            assert after["predicted"] == before["predicted"]
+
+
+def test_the_error_is_what_the_readme_says_and_excluded_runs_do_not_count():
+    checked = speeds.check(TABLE)
+    errors = speeds.prediction_errors(checked)
+    assert {key: round(math.expm1(value), 2) for key, value in errors.items()} == {True: 0.26, False: 0.28}
+    counted = [row for row in checked if row["counted"]]
+    assert speeds.prediction_errors(counted) == errors
+    assert all(abs(row["error"]) < 0.5 for row in counted)
+
+
+def test_ffcvs_own_machine_is_projected_as_published_within_the_error():
+    machine = MACHINES["p4d.24xlarge"]
+    parts, limit = speeds.hours(TABLE, SPEEDS, LOADER, RECIPES["rn50_56_epochs"], machine)
+    # 49.4 minutes
+    assert parts["training"] + parts["evaluation"] == pytest.approx(49.4 / 60, rel=0.26)
+    assert limit == "GPU"
+
+
+def test_the_loader_ceiling_is_anchored_at_a_figure_for_all_vcpus():
+    rates = speeds.loader_rates(TABLE, {"rn50": 900.0, "ffcv": 300.0})
+    assert rates["ffcv"] == pytest.approx(31278 / 96, rel=1e-3)
+    assert rates["rn50"] == pytest.approx(3 * 31278 / 96 * 0.7, rel=1e-3)
+    # a faster host makes both faster, and says nothing about a vCPU elsewhere
+    assert speeds.loader_rates(TABLE, {"rn50": 1800.0, "ffcv": 600.0}) == rates
+
+
+def test_smaller_crops_and_smaller_files_decode_faster():
+    assert speeds.loader_scale(TABLE, 160, 500) == 1
+    assert speeds.loader_scale(TABLE, 224, 500) < 1 < speeds.loader_scale(TABLE, 88, 500)
+    assert speeds.loader_scale(TABLE, 160, 400) > 1
+    assert [round(speeds.beton_gb(TABLE, side)) for side in (256, 512)] == [22, 65]
+
+
+def test_what_limits():
+    machine, recipe = MACHINES["g5.xlarge"], RECIPES["rn50_78"]
+    args = (TABLE, SPEEDS, LOADER, recipe)
+    assert speeds.pace(*args, machine, 160)[1] == "GPU"
+    two = dataclasses.replace(machine, vcpus=2)
+    rate, limit = speeds.pace(*args, two, 160)
+    assert limit == "CPU"
+    # one of the two vCPU launches kernels
+    assert rate == pytest.approx(LOADER["rn50"] * speeds.loader_scale(TABLE, 160, 400))
+    one = dataclasses.replace(machine, vcpus=1)
+    assert speeds.pace(*args, one, 160) == (pytest.approx(rate / 2), "CPU")
+    slow = dataclasses.replace(machine, disk_mb_per_s=10.0)
+    rate, limit = speeds.pace(*args, slow, 160)
+    assert limit == "disk"
+    assert rate == pytest.approx(10e6 / (speeds.beton_gb(TABLE, 400) * 1e9 / 1_281_167))
+    # what fits in memory is read once
+    assert speeds.pace(*args, dataclasses.replace(slow, memory_gib=100), 160)[1] == "GPU"
+
+
+def test_evaluation_is_a_third_of_a_training_step_but_no_faster_than_the_loader():
+    recipe = dataclasses.replace(RECIPES["rn50_78"], evaluated=[(224, 1)])
+
+    def images_per_second(machine):
+        parts, _ = speeds.hours(TABLE, SPEEDS, LOADER, recipe, machine)
+        return 50000 / parts["evaluation"] / 3600
+
+    many, four = (dataclasses.replace(MACHINES["g5.xlarge"], vcpus=vcpus) for vcpus in (48, 4))
+    gpu = SPEEDS.total("A10G", 600, 1, 224)
+    assert images_per_second(many) == pytest.approx(3 * gpu)
+    fed = 3 * LOADER["rn50"] * speeds.loader_scale(TABLE, 224, 400)
+    assert gpu < fed < 3 * gpu
+    assert images_per_second(four) == pytest.approx(fed)
+    # the mirror image is the same image decoded once
+    recipe = dataclasses.replace(recipe, evaluated=[(224, 2)])
+    assert images_per_second(many) == pytest.approx(1.5 * gpu)
+    assert images_per_second(four) == pytest.approx(min(fed, 1.5 * gpu))
+
+
+def test_a_small_micro_batch_does_not_fill_a_fast_gpu():
+    machine, recipe = MACHINES["p5.4xlarge"], RECIPES["rn50_78"]
+    full = speeds.pace(TABLE, SPEEDS, LOADER, recipe, machine, 88)[0]
+    small = speeds.pace(TABLE, SPEEDS, LOADER, dataclasses.replace(recipe, micro_batch=32), machine, 88)[0]
+    assert small == pytest.approx(32 / 0.025)
+    assert full > 4 * small
+
+
+def test_measured_speeds_are_taken_as_they_are_and_interpolated_in_logarithms():
+    machine = dataclasses.replace(
+        MACHINES["g5.xlarge"],
+        measured={88: 4000.0, 176: 1000.0},
+        limits={88: "CPU", 176: "GPU"},
+        loader={88: 4000.0, 176: 2000.0},
+    )
+    args = (TABLE, SPEEDS, LOADER, RECIPES["rn50_78"], machine)
+    assert speeds.pace(*args, 88) == (4000.0, "CPU")
+    assert speeds.pace(*args, 176) == (pytest.approx(1000), "GPU")
+    assert speeds.pace(*args, 124)[0] == pytest.approx(4000 * (88 / 124) ** 2)
+    assert speeds.pace(*args, 224)[0] == pytest.approx(1000 * (176 / 224) ** SPEEDS.exponent)
+    # evaluation: three times as fast as training, but no faster than the loader
+    assert speeds.pace(*args, 176, passes=1 / 3)[0] == pytest.approx(2000)
+    assert speeds.pace(*args, 176, passes=2 / 3)[0] == pytest.approx(1500)
