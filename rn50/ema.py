@@ -10,7 +10,7 @@ class EMA:
     """A second model whose parameters and BatchNorm statistics trail the trained one's; counters are copied.
 
     While the learning rate is high, the newest weights' statistics are not the average's: with them a ResNet-18 on
-    Imagenette had 1.3 to 8.3 points less (docs/results/ema). MosaicML's Composer averages them too.
+    Imagenette had 1.3 to 8.3 points less (studies/ema). MosaicML's Composer averages them too.
 
     `half_life` is in optimizer steps: what a weight was `half_life` steps ago counts half of what it is now.
     Early on the average is over the steps there have been (a bias correction as in Adam's), so that it does

@@ -6,8 +6,8 @@ import runpy
 import sys
 import time
 
+from tests import faults
 from tests.conftest import ROOT
-from tools import chaos
 
 SMALL = {
     "model.arch": "resnet18",
@@ -26,7 +26,7 @@ SMALL = {
     "validation.headline_resolution": 32,
     "logging.run_name": "small",
 }
-context = chaos.forking()
+context = faults.forking()
 
 
 class Command:
@@ -38,7 +38,7 @@ class Command:
         common = {"AWS_EC2_METADATA_DISABLED": "true", "OMP_NUM_THREADS": "1"} | (environment or {})
         if ranks > 1:
             common |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-            common["MASTER_PORT"] = str(chaos.free_port())
+            common["MASTER_PORT"] = str(faults.free_port())
         self.folder, self.processes, self._outputs = folder / settings["logging.run_name"], [], []
         argv = [f"--{name}={value}" for name, value in settings.items()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def enter(argv, environment, output, prepare=None):
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    chaos.use_small_network()
+    faults.use_small_network()
     if prepare:
         prepare()
     sys.argv = [str(ROOT / "train_imagenet.py"), *argv]

@@ -235,7 +235,7 @@ def test_ten_users_at_once(app, known):
     with ThreadPoolExecutor(10) as users:
         took = [seconds for times in users.map(user, range(10)) for seconds in times]
     assert len(took) == 100
-    assert np.percentile(took, 95) < 10  # tools/benchmark_app.py measures it on an idle machine
+    assert np.percentile(took, 95) < 10  # studies/space/benchmark_app.py measures it on an idle machine
 
 
 def snippets(app):

@@ -1,11 +1,11 @@
-"""tools/benchmark_app.py in small: it measures a real app, and its verdict follows the figures."""
+"""studies/space/benchmark_app.py in small: it measures a real app, and its verdict follows the figures."""
 
 import json
 import sys
 
 import pytest
 
-import tools.benchmark_app as tool
+import studies.space.benchmark_app as tool
 from tests import tiny_model
 
 FIGURES = {

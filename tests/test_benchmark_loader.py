@@ -1,4 +1,4 @@
-"""tools/benchmark_loader.py as a user runs it, on a few generated images."""
+"""studies/loader/benchmark_loader.py as a user runs it, on a few generated images."""
 
 import json
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def run(*arguments):
     command = [
         sys.executable,
-        ROOT / "tools" / "benchmark_loader.py",
+        ROOT / "studies/loader/benchmark_loader.py",
         "--resolution",
         "32",
         "--repeats",

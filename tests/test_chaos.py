@@ -1,16 +1,14 @@
-"""Every kind of fault once, through tools/chaos.py."""
+"""Every kind of fault once, through tests/chaos.py."""
 
 import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import ROOT
-
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_fault_leaves_the_weights_and_the_log_of_an_undisturbed_run(ranks, tmp_path):
-    command = [sys.executable, ROOT / "tools" / "chaos.py", "--short", f"--ranks={ranks}", f"--out={tmp_path}"]
+    command = [sys.executable, "-m", "tests.chaos", "--short", f"--ranks={ranks}", f"--out={tmp_path}"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stdout + result.stderr
     table = (tmp_path / "README.md").read_text()

@@ -14,7 +14,7 @@ import torch
 
 from rn50.errors import RunError, Stopped
 from rn50.training import checkpoint, interruption
-from tools import benchmark_checkpoint
+from studies.checkpoint import benchmark_checkpoint
 
 WRITER = """
 import sys, torch

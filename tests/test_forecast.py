@@ -10,9 +10,17 @@ import torch
 from rn50.losses import binary_cross_entropy
 from rn50.planning import forecast
 from rn50.planning.forecast import CLASSES
+from studies.forecast import forecast_check
+from studies.forecast.forecast_check import (
+    TROUBLES,
+    alarm_rates,
+    as_logged,
+    config_of,
+    held_out_errors,
+    interpolated,
+    published,
+)
 from tests.conftest import ROOT
-from tools import forecast_check
-from tools.forecast_check import TROUBLES, alarm_rates, as_logged, config_of, held_out_errors, interpolated, published
 
 RUN = published()[32]
 
@@ -193,7 +201,7 @@ def test_a_schedule_that_ends_high_is_said_before_it_does():
 
 
 def test_the_published_table_is_the_one_the_check_writes():
-    committed = (ROOT / "docs" / "results" / "forecast" / "results.md").read_text()
+    committed = (ROOT / "studies/forecast/results.md").read_text()
     forecasts = {name: held_out_errors(estimate) for name, estimate in forecast_check.ESTIMATES.items()}
     for line in forecast_check.forecast_lines(forecasts):
         assert line in committed

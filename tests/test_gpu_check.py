@@ -64,7 +64,7 @@ def test_runs_are_compared_with_each_other(tmp_path):
     a_run(made, "compile", 70.0)
     with pytest.raises(gpu_check.Failed, match="points apart"):
         judged(made, "compile")
-    assert "against 80.31 %" in judged(made, "fp32")  # the run in docs/results
+    assert "against 80.31 %" in judged(made, "fp32")  # the run in studies/imagenette_cpu
     with pytest.raises(gpu_check.Failed, match="on cuda"):
         judged(made, "fp32", "resnet18 on cpu")
     a_run(made, "resume", 80.0, epochs=(0, 1, 1, 2))

@@ -7,12 +7,12 @@ import pytest
 
 from rn50.errors import RunError
 from rn50.files import read_rows
+from studies.perturbed_runs import perturbed_runs
 from tests.conftest import ROOT
-from tools import perturbed_runs
 
 
 def test_the_committed_table_is_what_the_committed_runs_say():
-    folder = ROOT / "docs" / "results" / "perturbed_runs"
+    folder = ROOT / "studies/perturbed_runs"
     rows = read_rows(folder / "runs.jsonl")
     assert {row["trouble"] for row in rows} == {*perturbed_runs.TROUBLES, *perturbed_runs.RESUMED}
     assert "\n".join(perturbed_runs.lines(rows)) + "\n" == (folder / "results.md").read_text()

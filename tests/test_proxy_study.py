@@ -1,4 +1,4 @@
-"""tools/proxy_study.py: equal compute, paired differences, and runs that are never made twice."""
+"""studies/proxy_study/proxy_study.py: equal compute, paired differences, and runs that are never made twice."""
 
 import json
 
@@ -7,11 +7,11 @@ import yaml
 
 from rn50.errors import RunError, UsageError
 from rn50.files import read_rows
+from studies.proxy_study import proxy_study
+from studies.proxy_study.proxy_study import ARMS, CONFIG
 from tests.conftest import ROOT
 from tests.test_decode_tools import run
 from tests.test_train_imagenet import load
-from tools import proxy_study
-from tools.proxy_study import ARMS, CONFIG
 
 
 def row(arm, seed, top1, **changed):
@@ -62,7 +62,7 @@ def test_a_run_becomes_a_line_that_is_not_made_again(betons, tmp_path):
         line["settings"] = proxy_study.settings_of(line["arm"], short)
     (tmp_path / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in done[1:]))
     arguments = ["--data", betons, "--seeds", "0,1", "--runs", tmp_path / "runs", "--out", tmp_path, *short]
-    made = run("proxy_study.py", *arguments)
+    made = run("proxy_study/proxy_study.py", *arguments)
     assert made.returncode == 0, made.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["baseline_0"]
     lines = read_rows(tmp_path / "runs.jsonl")
@@ -90,7 +90,7 @@ def test_what_is_not_a_setting_or_has_no_interval_is_refused(monkeypatch, tmp_pa
 
 
 def test_the_committed_results_are_what_the_committed_runs_say(tmp_path):
-    folder = ROOT / "docs" / "results" / "proxy_study"
+    folder = ROOT / "studies/proxy_study"
     if not (folder / "runs.jsonl").exists():
         pytest.skip("no runs have been committed yet")
     text = proxy_study.write(read_rows(folder / "runs.jsonl"), [0, 1, 2], tmp_path)

@@ -46,8 +46,10 @@ RUN_BY = {
         "DATA=imagenette bash tools/demo.sh"
     ],
     "test_readme.py::test_linters_and_tests_are_run": ["bash tools/test.sh"],
-    "test_proxy_study.py::test_a_run_becomes_a_line_that_is_not_made_again": ["tools/proxy_study.py"],
-    "test_perturbed_runs.py::test_runs_become_lines_that_are_not_made_again": ["tools/perturbed_runs.py"],
+    "test_proxy_study.py::test_a_run_becomes_a_line_that_is_not_made_again": ["studies/proxy_study/proxy_study.py"],
+    "test_perturbed_runs.py::test_runs_become_lines_that_are_not_made_again": [
+        "studies/perturbed_runs/perturbed_runs.py"
+    ],
     "test_packaging.py::test_set_up_installs_once_and_again_when_its_inputs_change": ["bash tools/setup.sh"],
     "test_readme.py::test_from_images_to_a_model": [
         ".venv/bin/python write_dataset.py --config-file rn50_configs/write_imagenet.yaml "
@@ -98,15 +100,21 @@ RUN_BY = {
         ".venv/bin/python tools/predict.py IMAGE... --model model/ [--json] [--cam heat.png]",
     ],
     "test_benchmark_app.py::test_a_run_measures_the_app_and_says_what_falls_short": [
-        ".venv/bin/python tools/benchmark_app.py --model model/ --image IMAGE",
-        "tools/benchmark_app.py",
+        ".venv/bin/python studies/space/benchmark_app.py --model model/ --image IMAGE",
+        "studies/space/benchmark_app.py",
     ],
-    "test_forecast.py::test_the_published_table_is_the_one_the_check_writes": ["tools/forecast_check.py"],
-    "test_benchmark_loader.py::test_it_measures_and_profiles": ["tools/benchmark_loader.py --images DIR"],
-    "test_decode_tools.py::test_the_writer_is_measured_beside_stock_ffcv": ["tools/benchmark_writer.py --images DIR"],
-    "test_checkpoint.py::test_the_benchmark_measures_what_a_checkpoint_costs": ["tools/benchmark_checkpoint.py"],
-    "test_decode_tools.py::test_accuracy_with_either_decoder_is_paired_by_seed": ["tools/decode_accuracy.py"],
-    "test_chaos.py::test_every_fault_leaves_the_weights_and_the_log_of_an_undisturbed_run": ["tools/chaos.py"],
+    "test_forecast.py::test_the_published_table_is_the_one_the_check_writes": ["studies/forecast/forecast_check.py"],
+    "test_benchmark_loader.py::test_it_measures_and_profiles": ["studies/loader/benchmark_loader.py --images DIR"],
+    "test_decode_tools.py::test_the_writer_is_measured_beside_stock_ffcv": [
+        "studies/writer/benchmark_writer.py --images DIR"
+    ],
+    "test_checkpoint.py::test_the_benchmark_measures_what_a_checkpoint_costs": [
+        "studies/checkpoint/benchmark_checkpoint.py"
+    ],
+    "test_decode_tools.py::test_accuracy_with_either_decoder_is_paired_by_seed": [
+        "studies/decode_accuracy/decode_accuracy.py"
+    ],
+    "test_chaos.py::test_every_fault_leaves_the_weights_and_the_log_of_an_undisturbed_run": ["tests/chaos.py"],
     "test_gpu_check.py::test_what_passed_is_not_repeated_and_the_report_says_what_was_left_out": ["tools/gpu_check.py"],
 }
 COMMANDS = [command for listed in RUN_BY.values() for command in listed]
@@ -125,7 +133,7 @@ def test_every_command_has_a_test_that_runs_it():
 def test_a_command_is_understood_by_its_program(command, monkeypatch):
     words = shlex.split(re.sub(r"[\[\]]|\.\.\.", "", command))
     # the config of a run, in place of one that is not there yet
-    words = [word.replace("runs/rn50_78/", "docs/results/imagenette_cpu/") for word in words]
+    words = [word.replace("runs/rn50_78/", "studies/imagenette_cpu/") for word in words]
     understand(words, monkeypatch)
 
 
@@ -146,7 +154,7 @@ def test_a_command_that_is_wrong_is_not_understood(command, monkeypatch):
 
 
 def test_the_commands_of_the_other_pages_are_understood_too(monkeypatch):
-    """Not those of docs/results, which say what was typed then; `…` stands for what was said before."""
+    """Not those of studies/, which say what was typed then; `…` stands for what was said before."""
     found = set()
     for page in PAGES:
         if "results" not in page.parts:

@@ -13,10 +13,10 @@ from rn50 import evaluate, losses
 from rn50.data import loaders
 from rn50.files import read_rows
 from rn50.training import checkpoint, distributed, interruption, progress
+from tests import chaos
 from tests.commands import Command
 from tests.conftest import ROOT
 from tests.services import Metadata
-from tools import chaos
 
 STOP_SECONDS = 4.0  # in the place of 18, where a test waits for all of it
 
@@ -178,7 +178,7 @@ def stop_every_seven_steps():
 
 @pytest.mark.parametrize(("order", "ranks"), [("random", 2), ("page", 1)])
 def test_either_order_goes_on_at_any_step(betons, tmp_path, order, ranks):
-    """tools/chaos.py has page-aware order with two ranks and random order with one."""
+    """tests/chaos.py has page-aware order with two ranks and random order with one."""
     with Command(betons, tmp_path / "whole", ranks=ranks, data__order=order) as command:
         assert command.end() == 0, command.output()
     expected = chaos.outcome(command.folder, epochs=3)

@@ -26,9 +26,8 @@ from rn50.files import read_rows
 from rn50.publishing import export
 from rn50.training import checkpoint, session
 from rn50.training.progress import Progress
-from tests import tiny_model
+from tests import chaos, faults, tiny_model
 from tests.conftest import ROOT
-from tools import chaos
 
 SMALL = {
     "model.arch": "resnet18",
@@ -255,7 +254,7 @@ def test_two_ranks_evaluate_every_image_once_and_share_the_batch(two_ranks):
 
 def test_two_nodes_of_one_process_reproduce_one_node_of_two(betons, two_ranks, tmp_path):
     """Two of torchrun's agents, which meet on the loopback."""
-    nodes = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={chaos.free_port()}")
+    nodes = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={faults.free_port()}")
     agents = [
         subprocess.Popen(
             command(betons, tmp_path, launcher=(*TORCHRUN, *nodes, f"--node_rank={number}"), **TWO_RANKS),

@@ -1,6 +1,6 @@
 """The first hour on a machine with a GPU: runs what docs/gpu_checklist.md lists, and writes what came of it.
 
-    python tools/gpu_check.py --out docs/results/gpu_a10g --imagenette DIR
+    python tools/gpu_check.py --out studies/gpu_a10g --imagenette DIR
     python tools/gpu_check.py --out ... --betons DIR --instance g5.xlarge --only throughput     # against the cost model
     python tools/gpu_check.py --out ... --betons DIR --only imagenet_16                         # hours, and dollars
 
@@ -72,7 +72,7 @@ def accuracy_like(other):
 
     def judge(checker, output):
         mine = last_row(checker.work / checker.current.name)
-        theirs = last_row(checker.work / other if other else ROOT / "docs/results/imagenette_cpu")
+        theirs = last_row(checker.work / other if other else ROOT / "studies/imagenette_cpu")
         text = f"top-1 {mine['top1']:.2f} % against {theirs['top1']:.2f} %, {mine['images_per_second']:.0f} images/s"
         if abs(mine["top1"] - theirs["top1"]) > POINTS:
             raise Failed(f"{text}: more than {POINTS} points apart")
@@ -153,7 +153,7 @@ CHECKS = [
           "--out.resolutions=160,224", "`wrote` or `already written`, four files", needs_text(r"wrote|already written"),
           needs=("imagenette",)),
     Check("fp32", f"{IMAGENETTE_RUN} --logging.run_name=fp32 --training.precision=fp32",
-          f"`on cuda`; within {POINTS} points of docs/results/imagenette_cpu",
+          f"`on cuda`; within {POINTS} points of studies/imagenette_cpu",
           both(needs_text("on cuda"), accuracy_like(None)), after=("betons",)),
     Check("bf16", f"{IMAGENETTE_RUN} --logging.run_name=bf16 --training.precision=bf16",
           f"within {POINTS} points of fp32, at least {SLOWEST} x its images/s (small images: the host sets the pace)",

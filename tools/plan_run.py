@@ -293,8 +293,8 @@ def proposal(rows, args):
     best = rows[0]
     if too_old(best):
         raise UsageError(f"--proposal: not for {best['instance']}: {best['notes']}")
-    benchmark = costs.loader_benchmark()
-    results = ROOT / "docs" / "results" / "imagenette_cpu"
+    benchmark = {name: row["value"] for name, row in costs.read_table().loader.items()}
+    results = ROOT / "studies" / "imagenette_cpu"
     imagenette = read_rows(results / "log.jsonl")[-1]["top1"]
     px = yaml.safe_load((results / "config.yaml").read_text(encoding="utf-8"))["validation"]["headline_resolution"]
     spelled = ", ".join(f"{name} {value:.1f}" for name, value in best["hours_by_part"].items())
@@ -322,9 +322,9 @@ validation images) and publish the code, the log, the cost and the weights.
   figure with its source in `rn50/planning/costs.csv`). Basis: {best["basis"]}.
 - Measured: ResNet-50 from scratch on Imagenette (ten classes) on a CPU, {imagenette:.1f} % top-1 at {px} px, single \
 view
-  (docs/results/imagenette_cpu).
+  (studies/imagenette_cpu).
 - Measured: our loader gives {benchmark["rn50"]:.0f} images/s on one thread, stock FFCV \
-{benchmark["ffcv"]:.0f} (docs/results/benchmark_loader).
+{benchmark["ffcv"]:.0f} (studies/loader).
 - Not yet: no ImageNet run has been made with this code.
 
 **Risks, and what we do about them.**

@@ -36,7 +36,7 @@ torch.set_num_threads(_torch_threads)
 # A rung's short side over the resolution from which a smaller stored image is taken to lose nothing: at 1.6 the mean
 # random crop (72 % of a side) still has more pixels than the output. Networks trained with such crops lost 0.8 to
 # 1.5 points when evaluated from images of the evaluation's size, -0.1 to 0.5 from images 1.6 times as large
-# (docs/results/decode_accuracy).
+# (studies/decode_accuracy).
 MARGIN = 1.6
 # Above this share of memory the page cache cannot hold the file beside what training needs.
 RANDOM_ORDER_MEMORY_SHARE = 0.6

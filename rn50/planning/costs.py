@@ -1,7 +1,6 @@
 """The published figures in costs.csv, and what a projection is made of: recipes, and machines with their prices."""
 
 import csv
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,13 +12,12 @@ from rn50.errors import RunError, UsageError
 
 TABLE = Path(__file__).with_name("costs.csv")
 CONFIGS = Path(__file__).parents[2] / "rn50_configs"
-LOADER_BENCHMARK = Path(__file__).parents[2] / "docs" / "results" / "benchmark_loader" / "160px_1thread.json"
 NUMBERS = ("gpus", "vcpus", "memory_gib", "disk_gb", "value", "low", "high")
 
 
 @dataclass(frozen=True)
 class Table:
-    """costs.csv by kind: lists of rows, each a dict with numbers as float or None; `constant` by name."""
+    """costs.csv by kind: lists of rows, each a dict with numbers as float or None; some kinds by name."""
 
     instance: list
     gpu: dict
@@ -28,6 +26,7 @@ class Table:
     excluded: list
     result: list
     recipe: dict
+    loader: dict
     constant: dict
 
     def value(self, name):
@@ -44,7 +43,7 @@ def read_table(path=TABLE):
     for row in rows:
         row.update({key: float(row[key]) if row[key] else None for key in NUMBERS})
     kinds = {name: [row for row in rows if row["kind"] == name] for name in Table.__dataclass_fields__}
-    for kind in ("gpu", "recipe", "constant"):
+    for kind in ("gpu", "recipe", "loader", "constant"):
         kinds[kind] = {row["name"]: row for row in kinds[kind]}
     return Table(**kinds)
 
@@ -52,11 +51,6 @@ def read_table(path=TABLE):
 def parse_schedule(text):
     """`160x45+192x11` -> [(160, 45.0), (192, 11.0)]: px and epochs."""
     return [(int(px), float(epochs)) for px, epochs in (part.split("x") for part in text.split("+"))]
-
-
-def loader_benchmark(path=LOADER_BENCHMARK):
-    """{"rn50": ..., "ffcv": ...}: images/s of both loaders that we measured in one run, one thread, 160 px."""
-    return {row["name"]: row["images_per_second"] for row in json.loads(path.read_text())["results"]}
 
 
 # --- Recipes ---------------------------------------------------------------------------------------------------------

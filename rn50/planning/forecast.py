@@ -39,11 +39,11 @@ EVALUATION_SCALE = (0.95, 1.5)
 # The curves are compared from epoch 3, where the warm-up is over, up to where resolution begins to rise.
 FIRST_EPOCH, LAST_PROGRESS = 3, 0.68
 # By then a run that learns is better than guessing: one on Imagenette whose lr still rose had 99.5 % of the loss of
-# guessing after 294 steps and 84 % after 441 (docs/results/imagenette_cpu).
+# guessing after 294 steps and 84 % after 441 (studies/imagenette_cpu).
 LEARNING_STEPS, LEARNING_LOSS = 400, 0.99
-# Chosen on the published runs and 36 simulated from them, of which tools/forecast_check.py says how many they flag.
+# Chosen on the published runs and 36 simulated from them; studies/forecast says how many of these they flag.
 LOSS_ALARM, TOP1_ALARM, TOP1_EPOCHS = 0.12, -4.0, 5
-# The largest error of a forecast for one of the six runs from the other five, in points (tools/forecast_check.py).
+# The largest error of a forecast for one of the six runs from the other five, in points (studies/forecast).
 SPREAD = 0.19
 
 

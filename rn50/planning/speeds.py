@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from statistics import geometric_mean, mean, median
 
-from rn50.planning.costs import loader_benchmark, parse_schedule
+from rn50.planning.costs import parse_schedule
 
 # What ten minutes of measuring leave open: an assumption until a whole run has been compared with its preflight.
 MEASURED_SPREAD = 0.05
@@ -134,14 +134,14 @@ def prediction_errors(checked):
 # --- Loader, disk and memory -----------------------------------------------------------------------------------------
 
 
-def loader_rates(table, measured=None):
+def loader_rates(table):
     """{"rn50": ..., "ffcv": ...}: training images/s that one vCPU decodes at 160 px from 500-px files, all vCPUs busy.
 
     A vCPU is a hyper-thread, and our benchmark ran on one thread: it is never multiplied by vCPUs. Stock FFCV's rate is
     published for all vCPUs of a machine; ours is that times what we measured ours against stock FFCV in the same run,
-    times an assumed margin. measured: as costs.loader_benchmark, which is the default.
+    times an assumed margin.
     """
-    measured = measured or loader_benchmark()
+    measured = {name: row["value"] for name, row in table.loader.items()}
     stock = table.value("stock_loader_per_vcpu")
     return {"ffcv": stock, "rn50": stock * measured["rn50"] / measured["ffcv"] * table.value("loader_margin")}
 

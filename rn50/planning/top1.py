@@ -10,7 +10,7 @@ def curve(results):
     """Final top-1 as a function of epochs, from {epochs: top-1 in %} of one recipe at two lengths or more.
 
     The straight line in ln(epochs) through two, else the parabola with the least squares: that is off by 0.07 points
-    on average for each of FFCV's six lengths from the other five, straight lines by 0.26 (tools/forecast_check.py).
+    on average for each of FFCV's six lengths from the other five, straight lines by 0.26 (studies/forecast).
     """
     lengths = sorted(results)
     terms = np.polyfit(np.log(lengths), [results[epochs] for epochs in lengths], min(2, len(lengths) - 1))

@@ -90,7 +90,7 @@ untuned() { study untuned 40 --resolutions 176,128 --seconds 0.2 --cudnn 0 --onl
 loader() {
     local threads
     for threads in 1 4 16; do
-        limit "loader_$threads" 30 "$python" tools/benchmark_loader.py --images "$SAMPLES" --resolution 176 \
+        limit "loader_$threads" 30 "$python" studies/loader/benchmark_loader.py --images "$SAMPLES" --resolution 176 \
             --threads "$threads" --repeats 3 --copies 16 --only rn50
     done
 }
