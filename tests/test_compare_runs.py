@@ -1,31 +1,58 @@
-"""tools/compare_runs.py: what it says of runs side by side, and what it refuses."""
+"""tools/compare_runs.py: what it says and draws of one run and of several, what it passes over and what it refuses."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import yaml
 from PIL import Image
 
 from rn50.errors import RunError
-from tests.test_plot_log import write_run
+from rn50.planning import plots
+from tests.conftest import ROOT
 from tools import compare_runs
 
 
-def write(folder, *, config=None, status=None, **changed):
-    """A run folder of 4 epochs; config: {section: {key: value}} beside what every run has."""
-    run = write_run(folder, **changed)
+def write(folder, *, epochs=4, config=None, status=None, **changed):
+    """A run folder whose every other epoch is evaluated. config: {section: {key: value}} beside what every run has."""
+    folder.mkdir(parents=True)
+    rows = [
+        {
+            "epoch": epoch,
+            "step": 10 * epoch,
+            "resolution": 96 + 32 * (epoch // 2),
+            "lr": 0.1 * (epochs - epoch),
+            "train_loss": 3.0 - 0.5 * epoch,
+            "val_loss": 2.9 - 0.5 * epoch if epoch % 2 else None,
+            "top1": 20.0 * epoch if epoch % 2 else None,
+            "top5": 25.0 * epoch if epoch % 2 else None,
+            **changed,
+        }
+        for epoch in range(epochs)
+    ]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     whole = {
         "model": {"arch": "resnet50"},
-        "training": {"epochs": 4},
+        "training": {"epochs": epochs},
         "validation": {"headline_resolution": 224, "headline_view": "single"},
         "logging": {"run_name": folder.name},
     }
     for section, keys in (config or {}).items():
         whole[section] = whole.get(section, {}) | keys
-    (run / "config.yaml").write_text(yaml.safe_dump(whole))
+    (folder / "config.yaml").write_text(yaml.safe_dump(whole))
     if status:
-        (run / "status.json").write_text(json.dumps({"status": status}))
-    return str(run)
+        (folder / "status.json").write_text(json.dumps({"status": status}))
+    return folder
+
+
+def shell(*args):
+    command = [sys.executable, ROOT / "tools" / "compare_runs.py", *args]
+    return subprocess.run(command, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)}, timeout=120)
+
+
+def compare(*args):
+    compare_runs.main([str(arg) for arg in args])
 
 
 def test_every_run_has_its_figures_and_only_what_differs_is_listed(tmp_path, capsys):
@@ -41,7 +68,7 @@ def test_every_run_has_its_figures_and_only_what_differs_is_listed(tmp_path, cap
     )
     forecast = {"top1": 77.96, "evaluation": "256 px", "warnings": [{"cause": "x", "text": "loss is too high"}]}
     second = write(tmp_path / "second", forecast=forecast, config={"model": {"blurpool": True}, "data": {"dir": "/b"}})
-    compare_runs.main([first, second, "--json", str(tmp_path / "c.json"), "--out", str(tmp_path / "c.png")])
+    compare(first, second, "--json", tmp_path / "c.json", "--out", tmp_path / "new folder" / "c.png")
     lines = capsys.readouterr().out.splitlines()
     assert " ".join(lines[1].split()) == "first budget 4/8 60.00 after 4 224 px single 2.50 3.25 100 -"
     assert " ".join(lines[2].split()) == "second no status 4/4 60.00 224 px single - - - 78.0 at 256 px"
@@ -49,6 +76,7 @@ def test_every_run_has_its_figures_and_only_what_differs_is_listed(tmp_path, cap
     assert lines[lines.index("settings that differ") + 1 :] == [
         "  training.epochs: 8, 4",
         "  model.blurpool: None, True",
+        f"curves: {tmp_path / 'new folder' / 'c.png'}",
     ]
     content = json.loads((tmp_path / "c.json").read_text())
     assert content["differing"] == {"training.epochs": [8, 4], "model.blurpool": [None, True]}
@@ -56,18 +84,20 @@ def test_every_run_has_its_figures_and_only_what_differs_is_listed(tmp_path, cap
         ("first", 2.5, 3.25),
         ("second", None, None),
     ]
-    with Image.open(tmp_path / "c.png") as image:
+    with Image.open(tmp_path / "new folder" / "c.png") as image:
         assert image.format == "PNG"
+        assert min(image.size) > 600
+    assert [path.name for path in (tmp_path / "new folder").iterdir()] == ["c.png"]
 
 
 def test_figures_that_must_not_be_compared_are_said_to_be(tmp_path, capsys):
     alike = write(tmp_path / "a", images=50000), write(tmp_path / "b", images=50000)
-    compare_runs.main([*alike])
+    compare(*alike)
     out = capsys.readouterr().out
     assert "note:" not in out
     assert out.endswith("no setting differs\n")
     other = write(tmp_path / "c", images=3925, config={"validation": {"headline_view": "flip"}})
-    compare_runs.main([alike[0], other])
+    compare(alike[0], other)
     out = capsys.readouterr().out
     assert "at different resolutions or views" in out
     assert "not the same data" in out
@@ -75,8 +105,42 @@ def test_figures_that_must_not_be_compared_are_said_to_be(tmp_path, capsys):
 
 def test_a_status_that_is_no_word_is_shown_as_it_is(tmp_path, capsys):
     run = write(tmp_path / "run", status=5)
-    compare_runs.main([run])
+    compare(run)
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["run", "5"]
+
+
+def test_a_log_alone_is_described_and_drawn_by_what_it_says(tmp_path, capsys):
+    run, log = write(tmp_path / "run"), write(tmp_path / "other", epochs=6) / "baseline.jsonl"
+    (tmp_path / "other" / "log.jsonl").rename(log)
+    compare(log, "--out", tmp_path / "c.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert " ".join(lines[1].split()) == "baseline.jsonl no status 6/? 100.00 - - - - -"
+    assert lines[2:] == [f"curves: {tmp_path / 'c.png'}"]
+    compare(run, log)
+    assert "differ" not in capsys.readouterr().out
+    compare(run, log, write(tmp_path / "third", config={"model": {"arch": "resnet18"}}))
+    out = capsys.readouterr().out
+    assert "model.arch: resnet50, None, resnet18" in out
+    assert "note:" not in out
+
+
+def test_a_torn_last_line_is_passed_over_with_a_note(tmp_path, capsys):
+    run = write(tmp_path / "run")
+    with open(run / "log.jsonl", "a") as log:
+        log.write('{"epoch": 4, "lr"')
+    compare(run)
+    assert "line 5 is incomplete" in capsys.readouterr().out
+
+
+def test_the_shell_gets_a_table_or_one_line_of_error_and_no_file(tmp_path):
+    done = shell(write(tmp_path / "run"), "--out", tmp_path / "run" / "c.png")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("run ")
+    done = shell(tmp_path / "nowhere", "--out", tmp_path / "out.png")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: cannot read")
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -86,12 +150,143 @@ def test_what_is_no_run_is_refused(tmp_path):
     for damaged in damages:
         (tmp_path / "run" / "config.yaml").write_text(damaged, errors="surrogateescape")
         with pytest.raises(RunError, match="is not the config of a run"):
-            compare_runs.main([run])
+            compare(run)
     (tmp_path / "run" / "config.yaml").unlink()
     with pytest.raises(RunError, match="is not a run folder"):
-        compare_runs.main([run])
+        compare(run)
     with pytest.raises(RunError, match="cannot read"):
-        compare_runs.main([str(tmp_path / "nowhere")])
+        compare(tmp_path / "nowhere")
     good = write(tmp_path / "good")
     with pytest.raises(RunError, match="cannot write"):
-        compare_runs.main([good, "--json", str(tmp_path / "no" / "c.json")])
+        compare(good, "--json", tmp_path / "no" / "c.json")
+
+
+# --- The figure -------------------------------------------------------------------------------------------------------
+
+
+def test_every_panel_shows_the_values_of_every_run(tmp_path):
+    logs = [plots.read_log(write(tmp_path / name, epochs=n))[0] for name, n in (("a", 4), ("b", 6))]
+    figure = plots.draw(logs, ["a", "b"])
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    assert set(panels) == {*plots.PANELS, *plots.COSTS}
+    assert [len(panels[title].lines) for title in plots.PANELS] == [4, 4, 2, 2]
+    top1 = panels["Accuracy (%)"].lines[0]
+    assert list(top1.get_xdata()) == [1, 3]
+    assert list(top1.get_ydata()) == [20.0, 60.0]
+    assert list(panels["Training resolution (px)"].lines[1].get_ydata()) == [96, 96, 128, 128, 160, 160]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "a (last top-1 60.00 %)",
+        "b (last top-1 100.00 %)",
+    ]
+    plots.plt.close(figure)
+
+
+def test_a_key_that_is_always_null_leaves_its_panel_labelled_empty(tmp_path):
+    rows, _ = plots.read_log(write(tmp_path / "run", top1=None, top5=None))
+    figure = plots.draw([rows], ["run"])
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    for title in ("Accuracy (%)", *plots.COSTS):
+        assert [text.get_text() for text in panels[title].texts] == ["not in the log"]
+    plots.plt.close(figure)
+
+
+def test_top1_is_drawn_against_hours_and_dollars(tmp_path):
+    rows, _ = plots.read_log(write(tmp_path / "run"))
+    rows = [{**row, "elapsed_seconds": 3000 * (row["epoch"] + 1), "val_seconds": 600, "dollars": 1.5} for row in rows]
+    rows[-1]["dollars"] = 7.5
+    figure = plots.draw([rows], ["run"])
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    (hours,), (dollars,) = (panels[title].lines for title in plots.COSTS)
+    assert list(hours.get_xdata()) == [2.0, 4.0]
+    assert list(dollars.get_xdata()) == [1.5, 7.5]
+    assert list(hours.get_ydata()) == list(dollars.get_ydata()) == [20.0, 60.0]
+    plots.plt.close(figure)
+
+
+def test_published_curves_are_behind_runs_on_imagenet_only(tmp_path):
+    rows, _ = plots.read_log(write(tmp_path / "run", elapsed_seconds=3600, images=50000))
+    for images, curves in ((50000, 6), (3925, 0)):
+        figure = plots.draw([[{**row, "images": images} for row in rows]], ["run"])
+        panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+        assert len(panels["Top-1 (%) against hours"].lines) == 1 + curves
+        assert len(panels["Accuracy (%)"].lines) == 2 + curves
+        assert len(panels["Loss"].lines) == 2
+        assert len(figure.legends[0].get_texts()) == 1 + bool(curves)
+        plots.plt.close(figure)
+    longest = plots.published()[-1]
+    assert longest["top1"][-1] == pytest.approx(78.43, abs=0.01)
+    assert 1.2 < longest["hours"][-1] < 1.4  # 77 minutes
+    assert longest["dollars"][-1] == pytest.approx(longest["hours"][-1] * 21.957642)
+
+
+def test_the_forecast_is_a_line_and_its_warning_is_on_top(tmp_path):
+    rows, _ = plots.read_log(write(tmp_path / "run"))
+    text = "the learning rate rose from 0.1 to 1.7 in epoch 3"
+    for row in rows:
+        row["forecast"] = {"top1": 70.0 + row["epoch"], "warnings": []}
+    rows[-1]["forecast"] = {"top1": None, "warnings": [{"cause": "warm restart", "text": text}]}
+    figure = plots.draw([rows], ["run"])
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    forecasts = panels["Accuracy (%)"].lines[-1]
+    assert (list(forecasts.get_xdata()), list(forecasts.get_ydata())) == ([0, 1, 2], [70.0, 71.0, 72.0])
+    assert figure.get_suptitle() == f"run: {text}"
+    plots.plt.close(figure)
+
+
+def test_an_epoch_logged_twice_counts_once_and_the_last_wins():
+    rows = [{"epoch": 0, "lr": 1.0}, {"epoch": 1, "lr": 2.0}, {"epoch": 0, "lr": 3.0}]
+    assert plots.points(rows, "lr") == ([0, 1], [3.0, 2.0])
+
+
+def test_runs_of_the_same_name_get_distinct_legends():
+    assert plots.run_names(["/x/one/run", "/x/two/run/log.jsonl"]) == ["one/run", "two/run"]
+    assert plots.run_names(["/x/one", "/x/two"]) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("", "holds no complete row"),
+        ('{"epoch": 0', "holds no complete row"),
+        ('{"epoch": 0}\n{"epoch": 1, \n{"epoch": 2}\n', "line 2: not valid JSON"),
+        ('{"epoch": 0}\n{"epoch": 1, "lr"\n', "line 2: not valid JSON"),
+        ('{"epoch": 0}\n[1, 2]\n', "line 2: not an epoch's row"),
+        ('{"step": 0}\n', "line 1: not an epoch's row"),
+        ('{"epoch": NaN}\n', "line 1: not an epoch's row"),
+        ('{"epoch": 0, "val_seconds": "x"}\n', "line 1: not an epoch's row"),
+        ('{"epoch": 0, "forecast": "no"}\n', "line 1: not an epoch's row"),
+        ('{"epoch": 0, "forecast": {"warnings": ["no"]}}\n', "line 1: not an epoch's row"),
+    ],
+)
+def test_a_bad_log_is_one_clear_error(tmp_path, content, message):
+    run = tmp_path / "run"
+    run.mkdir()
+    if content is not None:
+        (run / "log.jsonl").write_text(content)
+    with pytest.raises(RunError, match=message):
+        plots.read_log(run)
+
+
+def test_a_folder_is_no_name_for_a_picture(tmp_path, monkeypatch):
+    rows, _ = plots.read_log(write(tmp_path / "run"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RunError, match="cannot write"):
+        plots.save(plots.draw([rows], ["run"]), ".")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_failed_write_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch):
+    rows, _ = plots.read_log(write(tmp_path / "run"))
+    out = tmp_path / "out" / "curves.png"
+    plots.save(plots.draw([rows], ["run"]), out)
+    before = out.read_bytes()
+
+    def full_disk(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plots.os, "replace", full_disk)
+    with pytest.raises(RunError, match="No space left"):
+        plots.save(plots.draw([rows], ["run"]), out)
+    assert out.read_bytes() == before
+    assert [path.name for path in out.parent.iterdir()] == ["curves.png"]

@@ -27,6 +27,7 @@ from rn50.errors import UsageError
 from tests import commands, tiny_model
 from tests.conftest import ROOT
 from tests.test_packaging import SETUP_INPUTS, lock
+from tools import compare_runs
 
 README = (ROOT / "README.md").read_text()
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -57,8 +58,7 @@ RUN_BY = {
         ".venv/bin/python tools/verify_beton.py /data/betons/*.beton",
         ".venv/bin/python train_imagenet.py --config-file rn50_configs/rn50_78.yaml --data.dir=/data/betons "
         "--budget.max_dollars=25 --budget.instance=g5.xlarge",
-        ".venv/bin/python tools/plot_log.py runs/rn50_78 --out curves.png",
-        ".venv/bin/python tools/compare_runs.py runs/rn50_78 runs/rn50_16_epochs --out compare.png",
+        ".venv/bin/python tools/compare_runs.py runs/rn50_78 runs/rn50_16_epochs --out curves.png",
         ".venv/bin/python train_imagenet.py --config-file runs/rn50_78/config.yaml --training.eval_only=true",
         "write_dataset.py",
         "train_imagenet.py",
@@ -343,7 +343,7 @@ def test_the_demo_starts_what_it_should_and_checks_the_accuracy(clone, tmp_path,
         "rn50.data.textures",
         "write_dataset.py",
         "train_imagenet.py",
-        "tools/plot_log.py",
+        "tools/compare_runs.py",
         "tools/export_model.py",
     ]
     for words, name in zip(noted, names, strict=False):
@@ -395,12 +395,9 @@ def test_from_images_to_a_model(clone, textures, tmp_path, monkeypatch, capsys):
     assert "$" in said
     train(here(written(".venv/bin/torchrun")), small, tmp_path)
     monkeypatch.chdir(tmp_path)
-    for tool in ("plot_log", "compare_runs"):
-        words = shlex.split(here(written(f".venv/bin/python tools/{tool}.py")))
-        monkeypatch.setattr(sys, "argv", words[1:])
-        importlib.import_module(f"tools.{tool}").main()
+    compare_runs.main(shlex.split(here(written(".venv/bin/python tools/compare_runs.py")))[2:])
     assert "settings that differ" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["compare.png", "curves.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.png")) == ["curves.png"]
     said = train(here(written(".venv/bin/python train_imagenet.py --config-file runs/")), [], tmp_path)
     assert "<- headline" in said
     rows = [json.loads(line) for line in (clone / "runs/rn50_78/log.jsonl").read_text().splitlines()]

@@ -1,8 +1,10 @@
-"""Runs side by side: how each ended, its top-1, hours, dollars and forecast, and in which settings they differ.
+"""One run or several: how each ended, its top-1, hours, dollars and forecast, the settings that differ, the curves.
 
-    python tools/compare_runs.py runs/first runs/second --out compare.png --json compare.json
+    python tools/compare_runs.py runs/first --out curves.png
+    python tools/compare_runs.py runs/first runs/second --out curves.png --json compare.json
 
-RUN is a run folder. The figure is that of tools/plot_log.py.
+RUN is a run folder, or a log.jsonl alone, whose settings and status nobody knows. The figure has loss, accuracy,
+learning rate and resolution over epochs, and top-1 over hours and dollars.
 """
 
 import argparse
@@ -22,11 +24,11 @@ NOT_COMPARED = ("logging.", "budget.", "data.dir", "data.workers", "data.timeout
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder")
-    parser.add_argument("--out", metavar="PNG", help="the curves of all of them")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a log.jsonl alone")
+    parser.add_argument("--out", metavar="PNG", help="the curves of them all")
     parser.add_argument("--json", metavar="JSON", help="the table's rows and the settings that differ")
     args = parser.parse_args(argv)
-    logs = [plots.read_log(run)[0] for run in args.runs]
+    logs, notes = zip(*(plots.read_log(run) for run in args.runs), strict=True)
     configs = [read_config(Path(run)) for run in args.runs]
     names = plots.run_names(args.runs)
     rows = [
@@ -34,14 +36,19 @@ def main(argv=None):
         for name, run, log, config in zip(names, args.runs, logs, configs, strict=True)
     ]
     differing = differences(configs)
-    print("\n".join([*table_lines(rows), *remarks(rows, logs), "", *difference_lines(differing, names)]))
+    passed_over = [f"note: {note}" for of_run in notes for note in of_run]
+    print("\n".join([*table_lines(rows), *passed_over, *remarks(rows, logs), *difference_lines(differing, configs)]))
     if args.json:
         write_result(args.json, json.dumps({"runs": rows, "differing": differing}, indent=1) + "\n")
     if args.out:
         plots.save(plots.draw(logs, names), args.out)
+        print(f"curves: {args.out}")
 
 
 def read_config(run):
+    """The config.yaml of a run folder, a nested dict; None for a log alone."""
+    if run.is_file():
+        return None
     try:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
         needed = {"training": ["epochs"], "validation": ["headline_resolution", "headline_view"]}
@@ -61,18 +68,18 @@ def describe(name, run, log, config):
     evaluated = [row for row in log if row.get("top1") is not None]
     last = evaluated[-1] if evaluated else {}
     hours, dollars = plots.hours(log), [row["dollars"] for row in log if row.get("dollars") is not None]
-    validation, seconds = config["validation"], sum(row.get("train_seconds") or 0 for row in log)
-    images = log[-1].get("images_seen")
+    seconds, images = sum(row.get("train_seconds") or 0 for row in log), log[-1].get("images_seen")
+    validation = config["validation"] if config else None
     return {
         "run": name,
         "status": status(run),
         "epochs_done": log[-1]["epoch"] + 1,
-        "epochs": config["training"]["epochs"],
+        "epochs": config["training"]["epochs"] if config else None,
         "top1": last.get("top1"),
         "top1_low": last.get("top1_low"),
         "top1_high": last.get("top1_high"),
         "top1_epoch": last["epoch"] + 1 if last else None,
-        "evaluation": f"{validation['headline_resolution']} px {validation['headline_view']}",
+        "evaluation": f"{validation['headline_resolution']} px {validation['headline_view']}" if config else None,
         "hours": max(hours.values()) if hours else None,
         "dollars": dollars[-1] if dollars else None,
         "images_per_second": images / seconds if images and seconds else None,
@@ -89,16 +96,17 @@ def status(run):
 
 
 def differences(configs):
-    """{section.key: [value of each run]} where these are not all the same; None where a config does not have it."""
+    """{section.key: [value of each run]} where configs differ; None where one does not have it, or a run has none."""
     flat = [
-        {f"{section}.{key}": value for section, keys in config.items() for key, value in (keys or {}).items()}
+        {f"{section}.{key}": value for section, keys in (config or {}).items() for key, value in (keys or {}).items()}
         for config in configs
     ]
-    names = dict.fromkeys(name for config in flat for name in config)
+    known = [config for config in flat if config]
+    names = dict.fromkeys(name for config in known for name in config)
     return {
         name: [config.get(name) for config in flat]
         for name in names
-        if not name.startswith(NOT_COMPARED) and any(config.get(name) != flat[0].get(name) for config in flat)
+        if not name.startswith(NOT_COMPARED) and any(config.get(name) != known[0].get(name) for config in known)
     }
 
 
@@ -108,16 +116,16 @@ def table_lines(rows):
         top1 = "-" if row["top1"] is None else f"{row['top1']:.2f}"
         if row["top1_low"] is not None:
             top1 += f" ({row['top1_low']:.1f} to {row['top1_high']:.1f})"
-        if row["top1_epoch"] not in (None, row["epochs"]):
+        if row["top1_epoch"] not in (None, row["epochs"] or row["epochs_done"]):
             top1 += f" after {row['top1_epoch']}"
         expected = (row["forecast"] or {}).get("top1")
         cells.append(
             [
                 row["run"],
                 row["status"] or "no status",
-                f"{row['epochs_done']}/{row['epochs']}",
+                f"{row['epochs_done']}/{row['epochs'] or '?'}",
                 top1,
-                row["evaluation"],
+                row["evaluation"] or "-",
                 shown(row["hours"], ".2f"),
                 shown(row["dollars"], ".2f"),
                 shown(row["images_per_second"], ".0f"),
@@ -133,7 +141,7 @@ def shown(value, form):
 
 
 def remarks(rows, logs):
-    if len({row["evaluation"] for row in rows}) > 1:
+    if len({row["evaluation"] for row in rows if row["evaluation"]}) > 1:
         yield "note: top-1 is at different resolutions or views: not to be compared across these runs"
     if len({row.get("images") for log in logs for row in log if row.get("images")}) > 1:
         yield "note: the runs were validated on different numbers of images: not the same data"
@@ -142,11 +150,11 @@ def remarks(rows, logs):
             yield f"warning: {row['run']}: {warning['text']}"
 
 
-def difference_lines(differing, names):
-    if not differing:
-        yield "no setting differs" if len(names) > 1 else ""
+def difference_lines(differing, configs):
+    if len([config for config in configs if config]) < 2:
         return
-    yield "settings that differ"
+    yield ""
+    yield "settings that differ" if differing else "no setting differs"
     for name, values in differing.items():
         yield f"  {name}: " + ", ".join(map(str, values))
 

@@ -69,7 +69,7 @@ rm -rf "${runs:?}/$run"
     --logging.folder="$runs" --logging.run_name="$run" "${settings[@]}" "$@"
 
 echo "== 4/5 curves"
-"$python" tools/plot_log.py "$runs/$run" --out "demo/$run.png"
+"$python" tools/compare_runs.py "$runs/$run" --out "demo/$run.png"
 
 "$python" - "$runs/$run/log.jsonl" "$need" "$data" "demo/$run.png" <<'PY'
 import json

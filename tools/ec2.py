@@ -881,7 +881,7 @@ def fetch(aws, args):
         aws.client("s3").download_file(aws.bucket, f"{store.prefix}/{name}", str(partial))
         partial.rename(folder / name)
         print(f"{folder / name}  {size} bytes")
-    print(f"{len(rows_of(store))} epochs; curves: python tools/plot_log.py {folder} --out curves.png")
+    print(f"{len(rows_of(store))} epochs; curves: python tools/compare_runs.py {folder} --out curves.png")
 
 
 def clean(aws, args):

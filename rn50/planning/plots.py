@@ -94,9 +94,9 @@ def warnings(logs, names):
 
 
 def run_names(runs):
-    """A short, distinct legend name for each run: the folder's name, with parents only where two are alike."""
+    """A short, distinct name for each run: its folder's, or its log's other name, with parents where two are alike."""
     folders = [Path(run).resolve() for run in runs]
-    folders = [folder.parent if folder.suffix == ".jsonl" else folder for folder in folders]
+    folders = [folder.parent if folder.name == "log.jsonl" else folder for folder in folders]
     depth = 1
     while depth < 8 and len({folder.parts[-depth:] for folder in folders}) < len(set(folders)):
         depth += 1

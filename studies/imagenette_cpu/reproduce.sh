@@ -19,4 +19,4 @@ PY
 )
 $python studies/imagenette_cpu/baseline_torchvision.py --data "$IMAGENETTE_DIR" --resolution 80 --eval-resolution 96 \
   --lr-per-256 0.2 --cpu-minutes "$minutes" --out runs/imagenette_baseline
-$python tools/plot_log.py runs/imagenette_cpu --out runs/imagenette_cpu/curves.png
+$python tools/compare_runs.py runs/imagenette_cpu --out runs/imagenette_cpu/curves.png
