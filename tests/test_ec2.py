@@ -29,6 +29,10 @@ import torch
 from botocore.exceptions import ClientError
 from botocore.stub import Stubber
 
+from rn50.cloud import account as accounts
+from rn50.cloud import aws as aws_module
+from rn50.cloud import cleanup, status
+from rn50.cloud import launch as launching
 from rn50.cloud import store as cloud
 from rn50.errors import RunError, UsageError
 from rn50.training import checkpoint
@@ -67,7 +71,7 @@ def cloud_account(moto, session, monkeypatch):
     urllib.request.urlopen(urllib.request.Request(f"{moto.url}/moto-api/reset", method="POST"), timeout=20).close()
     for name, value in moto.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(ec2, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(aws_module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(boto3, "Session", lambda **options: session)
     plain = {name: session.client(name) for name in ("s3", "ec2", "iam")}
     plain["s3"].create_bucket(Bucket=BUCKET)
@@ -134,7 +138,7 @@ def test_launch_makes_a_closed_encrypted_tagged_spot_instance(cloud_account, cap
     (group,) = instance["NetworkInterfaces"][0]["Groups"]
     rules = cloud_account.ec2.describe_security_groups(GroupIds=[group["GroupId"]])["SecurityGroups"][0]
     assert rules["IpPermissions"] == []
-    profile = cloud_account.iam.get_instance_profile(InstanceProfileName=ec2.role_name(BUCKET))["InstanceProfile"]
+    profile = cloud_account.iam.get_instance_profile(InstanceProfileName=accounts.role_name(BUCKET))["InstanceProfile"]
     assert instance["IamInstanceProfile"]["Arn"] == profile["Arn"]
     record = json.loads(cloud_account.s3.get_object(Bucket=BUCKET, Key="rn50/runs/demo/launch.json")["Body"].read())
     assert record["instance_id"] == instance["InstanceId"]
@@ -211,7 +215,7 @@ def test_a_repeated_launch_makes_nothing_twice(cloud_account):
 
 def broken(monkeypatch, service, operation, code, times=1):
     """The operation fails `times` times before it reaches moto."""
-    real, left = ec2.Aws.client, [times]
+    real, left = aws_module.Aws.client, [times]
 
     def client(self, name, region=None):
         made = real(self, name, region)
@@ -229,7 +233,7 @@ def broken(monkeypatch, service, operation, code, times=1):
             )
         return made
 
-    monkeypatch.setattr(ec2.Aws, "client", client)
+    monkeypatch.setattr(aws_module.Aws, "client", client)
 
 
 def test_a_launch_that_fails_half_way_says_what_there_is_and_goes_on(cloud_account, monkeypatch):
@@ -248,13 +252,14 @@ def test_a_launch_that_fails_half_way_says_what_there_is_and_goes_on(cloud_accou
 
 def test_a_launch_ends_when_ec2_shows_the_instance(cloud_account, monkeypatch):
     """Its lists lag: the next command would take it for gone."""
-    real, asked = ec2.instances_of, []
+    real, asked = launching.instances_of, []
 
     def lagging(*arguments, **options):
         asked.append(options)
         return real(*arguments, **options) if len(asked) > 4 else []
 
-    monkeypatch.setattr(ec2, "instances_of", lagging)
+    monkeypatch.setattr(launching, "instances_of", lagging)
+    monkeypatch.setattr(status, "instances_of", lagging)
     launch(cloud_account)
     assert len(asked) == 5
 
@@ -270,7 +275,7 @@ def test_a_zone_without_room_is_followed_by_the_next(cloud_account, monkeypatch)
 
 def replaced(service, operation, function):
     """Aws.client, with one of a service's calls replaced."""
-    real = ec2.Aws.client
+    real = aws_module.Aws.client
 
     def client(self, name, region=None):
         made = real(self, name, region)
@@ -293,7 +298,9 @@ def test_a_refused_request_and_another_one_have_two_tokens():
     record |= {"commit": "abc", "code_sha256": "def", "region": "us-east-1", "dollars_per_hour": 0.4}
 
     def token(image=IMAGE, subnet="subnet-1", **changed):
-        return ec2.instance_request(record | changed, {"ImageId": image}, subnet, "sg-1", "profile", 0)["ClientToken"]
+        return launching.instance_request(record | changed, {"ImageId": image}, subnet, "sg-1", "profile", 0, 450)[
+            "ClientToken"
+        ]
 
     assert token() == token()
     changes = [{"dollars_per_hour": 0.41}, {"image": "ami-2"}, {"subnet": "subnet-2"}, {"attempt": 2}, {"spot": False}]
@@ -310,7 +317,7 @@ def test_a_token_of_a_terminated_instance_is_followed_by_another(cloud_account, 
 
 @pytest.mark.parametrize("operation", ["put_role_policy", "add_role_to_instance_profile"])
 def test_a_new_role_that_iam_itself_does_not_know_yet_is_waited_for(cloud_account, monkeypatch, operation):
-    made, left = ec2.Aws(SimpleNamespace(region="us-east-1", bucket=BUCKET)).client("iam"), [2]
+    made, left = aws_module.Aws(SimpleNamespace(region="us-east-1", bucket=BUCKET), ec2.Published()).client("iam"), [2]
 
     def fail(**options):
         if left[0] > 0:
@@ -318,7 +325,7 @@ def test_a_new_role_that_iam_itself_does_not_know_yet_is_waited_for(cloud_accoun
             raise made.exceptions.NoSuchEntityException({"Error": {"Code": "NoSuchEntity"}}, operation)
         return getattr(made, operation)(**options)
 
-    monkeypatch.setattr(ec2.Aws, "client", replaced("iam", operation, fail))
+    monkeypatch.setattr(aws_module.Aws, "client", replaced("iam", operation, fail))
     assert launch(cloud_account)["State"]["Name"] == "running"
     assert left == [0]
 
@@ -355,7 +362,7 @@ def test_a_bucket_elsewhere_or_of_someone_else_is_refused(cloud_account, monkeyp
     put_betons(cloud_account, 64)
     there = {"LocationConstraint": "eu-west-1"}
     with monkeypatch.context() as patch:
-        patch.setattr(ec2.Aws, "client", replaced("s3", "get_bucket_location", lambda **options: there))
+        patch.setattr(aws_module.Aws, "client", replaced("s3", "get_bucket_location", lambda **options: there))
         for command in (["launch", *PLAN, "--ami", IMAGE, "--commit", "HEAD"], ["clean", "--bucket", BUCKET, "--yes"]):
             with pytest.raises(RunError, match="bucket is in eu-west-1 and the region is us-east-1"):
                 ec2.main(command)
@@ -402,10 +409,10 @@ def test_no_secret_leaves_this_machine(cloud_account, monkeypatch, capsys):
 
 def test_uncommitted_changes_are_not_launched(monkeypatch):
     answers = {"rev-parse": b"abc\n", "status": b" M train_imagenet.py\n"}
-    monkeypatch.setattr(ec2, "git", lambda *arguments: answers[arguments[0]])
+    monkeypatch.setattr(launching, "git", lambda *arguments: answers[arguments[0]])
     with pytest.raises(RunError, match="uncommitted"):
-        ec2.pinned_commit(None)
-    assert ec2.pinned_commit("HEAD") == "abc"
+        launching.pinned_commit(None)
+    assert launching.pinned_commit("HEAD") == "abc"
 
 
 def test_every_action_of_the_command_line_is_in_the_table_and_no_other_does_anything(cloud_account, capsys):
@@ -445,7 +452,7 @@ def test_a_budget_is_a_sum_of_money(budget):
 
 def stub(monkeypatch, account, responses):
     """responses: {service: (operation, response or error code)}."""
-    real = ec2.Aws.client
+    real = aws_module.Aws.client
 
     def client(self, name, region=None):
         made = real(self, name, region)
@@ -460,7 +467,7 @@ def stub(monkeypatch, account, responses):
             made.stubbed.activate()
         return made
 
-    monkeypatch.setattr(ec2.Aws, "client", client)
+    monkeypatch.setattr(aws_module.Aws, "client", client)
 
 
 def quota(value):
@@ -539,8 +546,8 @@ def test_doctor_without_credentials_or_region(monkeypatch, moto, capsys, tmp_pat
 def price(monkeypatch, account, answers, instance="g5.2xlarge", spot=False, zones=("us-east-1a", "us-east-1b")):
     with monkeypatch.context() as patch:
         stub(patch, account, answers)
-        aws = ec2.Aws(SimpleNamespace(region="us-east-1", bucket=BUCKET))
-        return ec2.hourly_prices(aws, instance, spot, {zone: {} for zone in zones})
+        aws = aws_module.Aws(SimpleNamespace(region="us-east-1", bucket=BUCKET), ec2.Published())
+        return launching.hourly_prices(aws, instance, spot, {zone: {} for zone in zones})
 
 
 def test_the_price_is_asked_for_and_else_taken_from_the_table(cloud_account, monkeypatch):
@@ -608,7 +615,7 @@ def test_status_counts_an_instance_that_has_not_reported_and_says_why_one_never_
     ]
     with monkeypatch.context() as patch:
         later = time.time() + 7200
-        patch.setattr(ec2.time, "time", lambda: later)
+        patch.setattr(status.time, "time", lambda: later)
         ec2.main(["status", "--bucket", BUCKET])
     out = capsys.readouterr().out
     assert "running for 2.0 h, has not reported yet" in out
@@ -628,7 +635,7 @@ def test_stop_waits_for_the_checkpoint_and_terminates(cloud_account, capsys, mon
     assert alive(cloud_account) == []
     ec2.main(["stop", "--bucket", BUCKET, "--run", "demo"])
     assert "demo has no instance" in capsys.readouterr().out
-    monkeypatch.setattr(ec2, "STOP_PATIENCE", 0.2)
+    monkeypatch.setattr(cleanup, "STOP_PATIENCE", 0.2)
     ec2.main(["resume", "--bucket", BUCKET, "--run", "demo", "--ami", cloud_account.image, "--yes"])
     assert "NoSuchKey" in refused(cloud_account, "rn50/runs/demo/stop")
     ec2.main(["stop", "--bucket", BUCKET, "--run", "demo"])
@@ -686,7 +693,7 @@ def test_clean_lists_first_and_removes_everything_that_is_tagged(cloud_account, 
     launch(cloud_account)
     zone = "us-east-1a"
     foreign = cloud_account.ec2.create_volume(AvailabilityZone=zone, Size=1)["VolumeId"]
-    marks = ec2.tags({"project": "rn50", "rn50-bucket": BUCKET})
+    marks = aws_module.tags({"project": "rn50", "rn50-bucket": BUCKET})
     ours = cloud_account.ec2.create_volume(
         AvailabilityZone=zone, Size=1, TagSpecifications=[{"ResourceType": "volume", "Tags": marks}]
     )["VolumeId"]
@@ -747,7 +754,7 @@ AGENT |= {"ssmmessages:OpenControlChannel", "ssmmessages:OpenDataChannel"}
 
 
 def granted(kind):
-    statements = json.loads(ec2.policy(kind, BUCKET))["Statement"]
+    statements = json.loads(accounts.policy(kind, BUCKET))["Statement"]
     lists = [s["Action"] if isinstance(s["Action"], list) else [s["Action"]] for s in statements]
     return {action for listed in lists for action in listed}
 
@@ -758,11 +765,11 @@ def needed(calls):
 
 @pytest.mark.parametrize("kind", ["instance", "user"])
 def test_the_policies_pass_a_linter_and_hold_no_wildcard_action(kind):
-    found = parliament.analyze_policy_string(ec2.policy(kind, BUCKET)).findings
+    found = parliament.analyze_policy_string(accounts.policy(kind, BUCKET)).findings
     newer = "ssmmessages:OpenDataChannel"  # AWS gave it resources after the linter's table was made
     assert [finding for finding in found if finding.severity != "LOW" and newer not in str(finding.detail)] == []
     assert not any("*" in action for action in granted(kind))
-    assert '"BUCKET"' not in ec2.policy(kind, BUCKET)
+    assert '"BUCKET"' not in accounts.policy(kind, BUCKET)
 
 
 def test_the_user_may_do_what_the_commands_call_and_nothing_else(cloud_account, monkeypatch, tmp_path):
@@ -782,7 +789,7 @@ def test_the_user_may_do_what_the_commands_call_and_nothing_else(cloud_account, 
     ec2.main(["resume", "--bucket", BUCKET, "--run", "demo", "--yes", "--on-demand"])
     ec2.main(["fetch", "--bucket", BUCKET, "--out", str(tmp_path)])
     theirs = set(cloud_account.calls)
-    marks = ec2.tags({"project": "rn50", "rn50-bucket": BUCKET})
+    marks = aws_module.tags({"project": "rn50", "rn50-bucket": BUCKET})
     cloud_account.ec2.create_volume(
         AvailabilityZone="us-east-1a", Size=1, TagSpecifications=[{"ResourceType": "volume", "Tags": marks}]
     )
@@ -796,7 +803,7 @@ def test_the_user_may_do_what_the_commands_call_and_nothing_else(cloud_account, 
 def test_the_user_tags_only_what_is_being_made_and_removes_only_what_is_tagged(cloud_account):
     """Who may tag anything may terminate anything: the conditions hold together only as a pair."""
     conditions = {}
-    for statement in json.loads(ec2.policy("user", BUCKET))["Statement"]:
+    for statement in json.loads(accounts.policy("user", BUCKET))["Statement"]:
         for action in [statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"]:
             conditions.setdefault(action, []).append(statement.get("Condition"))
     made = {"StringEquals": {"ec2:CreateAction": ["CreateSecurityGroup", "RunInstances"]}}
@@ -886,8 +893,8 @@ def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, ca
     assert [words[0] for words in commands] == actions.split()
     put_betons(cloud_account, 400)
     stub(monkeypatch, cloud_account, {"service-quotas": quota(8.0), "ssm": with_image(cloud_account)})
-    monkeypatch.setattr(ec2, "pinned_commit", lambda name: ec2.git("rev-parse", "HEAD").decode().strip())
-    monkeypatch.setattr(ec2, "STOP_PATIENCE", 0.1)
+    monkeypatch.setattr(launching, "pinned_commit", lambda name: launching.git("rev-parse", "HEAD").decode().strip())
+    monkeypatch.setattr(cleanup, "STOP_PATIENCE", 0.1)
     monkeypatch.setattr("builtins.input", lambda question: "yes")
     monkeypatch.chdir(tmp_path)
     for words in commands:
@@ -1236,7 +1243,7 @@ def test_a_set_up_that_fails_is_reported_and_switches_the_instance_off(cloud_acc
 
 
 def test_a_set_up_that_hangs_is_ended(cloud_account, moto, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ec2, "SETUP_MINUTES", 0.1)
+    monkeypatch.setattr(launching, "SETUP_MINUTES", 0.1)
     with Metadata() as metadata:
         instance = launch(cloud_account, "--commit", committed())
         machine = Machine(tmp_path / "one", user_data(cloud_account, instance), moto, metadata, instance["InstanceId"])
@@ -1414,7 +1421,7 @@ def test_a_security_group_that_someone_opened_is_not_used(cloud_account):
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="shellcheck is not installed")
 def test_the_shell_scripts_pass_shellcheck(tmp_path):
     record = {"bucket": BUCKET, "run": "demo", "commit": "abc", "code_sha256": "def", "region": "us-east-1"}
-    (tmp_path / "user-data.sh").write_text(ec2.user_data(record | {"budget": 25, "dollars_per_hour": 1}, spent=0))
+    (tmp_path / "user-data.sh").write_text(launching.user_data(record | {"budget": 25, "dollars_per_hour": 1}, spent=0))
     scripts = [tmp_path / "user-data.sh", ROOT / "tools" / "ec2_bootstrap.sh"]
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
