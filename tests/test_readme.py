@@ -463,7 +463,7 @@ def test_links_and_names_lead_somewhere(page):
     prose = re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
     for code in re.findall(r"`([^`]+)`", prose):
         for name in re.findall(
-            r"(?:^|\s)((?:app|docs|notebooks|rn50|rn50_configs|tests|tools)/[\w./-]*\w/?)(?=$|[\s,;:])", code
+            r"(?:^|\s)((?:app|docs|notebooks|rn50|rn50_configs|studies|tests|tools)/[\w./-]*\w/?)(?=$|[\s,;:])", code
         ):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
 
@@ -472,7 +472,8 @@ def test_links_and_names_lead_somewhere(page):
 def test_settings_and_options_in_the_text_exist(page):
     keys = {".".join(path) for path in [*recipe.SETTINGS.entries, *write_dataset.SETTINGS.entries]}
     sections = {key.partition(".")[0] for key in keys}
-    sources = "".join(path.read_text() for path in ROOT.glob("tools/*.py"))
+    programs = [*ROOT.glob("tools/*.py"), *ROOT.glob("studies/*/*.py"), ROOT / "tests/chaos.py"]
+    sources = "".join(path.read_text() for path in programs)
     for code in re.findall(r"`([^`\n]+)`", page.read_text()):
         for word in code.split():
             dashes, name = re.fullmatch(r"(-{0,2})([^=]*).*", word).groups()

@@ -16,7 +16,7 @@ if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null; then
 fi
 .venv/bin/python -m ruff check .
 if command -v shellcheck >/dev/null; then
-    shellcheck tools/*.sh .ci/run
+    shellcheck tools/*.sh rn50/cloud/*.sh studies/*/*.sh .ci/run
 fi
 # Two tests at a time on two cores; each alone would wait for processes much of its time.
 export OMP_NUM_THREADS=1

@@ -6,7 +6,7 @@
 # OUT gets log.txt (all output), the JSON of the studies, profile.txt and runs.jsonl (the rows of all trainings).
 # QUICK=1 rehearses on a processor with tiny settings.
 set -uo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit
 export PYTHONUNBUFFERED=1 PYTHONPATH=.
 python=.venv/bin/python
 work=${WORK:-/tmp/first_gpu}
