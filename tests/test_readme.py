@@ -77,7 +77,7 @@ RUN_BY = {
         "--instance g5.xlarge --budget 25",
         "tools/preflight.py",
     ],
-    "test_ec2.py::test_every_command_of_the_page_runs": [
+    "cloud/test_staging.py::test_every_command_of_the_page_runs": [
         ".venv/bin/python tools/ec2.py doctor --bucket BUCKET --instance g5.xlarge",
         ".venv/bin/python tools/ec2.py launch --bucket BUCKET --config rn50_configs/rn50_78.yaml "
         "--instance g5.xlarge --budget 25",
