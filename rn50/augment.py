@@ -33,7 +33,7 @@ def jitter_factors(samples, *, brightness, contrast, saturation, seed, epoch):
 def color_jitter(images, factors):
     """Change brightness, contrast and saturation of each image by its own factors.
 
-    images: uint8 or float [n, 3, H, W] in 0..255; gives float32 in the same range and memory format. factors: float
+    images: uint8 or float [n, 3, H, W] in 0..255; returns float32 in the same range and memory format. factors: float
     [n, 3]; 1 changes nothing. The order is fixed, where torchvision's ColorJitter shuffles it per image.
     """
     factors = factors.to(images.device, non_blocking=True).view(len(images), 3, 1, 1, 1)

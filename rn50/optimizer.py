@@ -68,7 +68,7 @@ class FiniteSteps:
 
     @torch.no_grad()
     def step(self, loss):
-        """Step on the gradients there are; gives `loss` (a scalar tensor), or zero if the step was left out."""
+        """Step on the gradients there are; returns `loss` (a scalar tensor), or zero if the step was left out."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         # the largest magnitude: unlike the Euclidean norm it is finite exactly where all are
         largest = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters], float("inf"))

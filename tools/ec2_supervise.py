@@ -107,7 +107,7 @@ def train(store, reporter, record, betons):
 
 
 def watch(child, asked, store, reporter, record, folder):
-    """Wait for the training's end; gives why it was asked to stop, or None. It may stop itself at any time."""
+    """Wait for the training's end; returns why it was asked to stop, or None. It may stop itself at any time."""
     why, beaten, moved, mark = None, time.monotonic(), time.monotonic(), None
     while child.poll() is None:
         time.sleep(POLL_SECONDS)

@@ -158,7 +158,7 @@ def spread(total, count):
 
 
 def write(folder, args, state, which, description, network, data):
-    """Every file of the export, checked; gives its config."""
+    """Every file of the export, checked; returns its config."""
     examples = write_examples(folder, args.examples, args.examples_licence)
     config = {
         "format": inference.FORMAT,

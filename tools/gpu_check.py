@@ -36,7 +36,7 @@ TOP1_16_EPOCHS = (71.6, 74.5)
 
 
 class Check:
-    """A command, what it needs, and what it must print; `judge(checker, output)` gives text or raises Failed."""
+    """A command, what it needs, and what it must print; `judge(checker, output)` returns text or raises Failed."""
 
     def __init__(self, name, command, must, judge, *, needs=(), after=()):
         self.name, self.command, self.must, self.judge, self.needs, self.after = (

@@ -176,7 +176,7 @@ def publish(args, config, model, space):
 
 
 def upload(api, repo, kind, files, *, private):
-    """One commit after which the repository holds these files and no others of ours; gives the commit's id."""
+    """One commit after which the repository holds these files and no others of ours; returns the commit's id."""
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     sdk = {"space_sdk": "gradio"} if kind == "space" else {}

@@ -170,7 +170,7 @@ class Reporter:
         self.record = {"instance_id": instance_id, "dollars_per_hour": dollars_per_hour, "started": started}
 
     def beat(self, state, folder=None, *, files=(), **more):
-        """Renew the record; upload `files` and the run folder's small ones, if changed. Gives whether S3 took it."""
+        """Renew the record; upload `files` and the run folder's small ones, if changed. Returns whether S3 took it."""
         from boto3.exceptions import S3UploadFailedError
         from botocore.exceptions import BotoCoreError, ClientError
 

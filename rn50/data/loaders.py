@@ -156,7 +156,7 @@ class BetonLoader:
     def batches(self, samples, resolution, *, epoch=0, read_ahead=False):
         """`with loader.batches(samples, resolution) as batches:` iterates over the sample indices in that order.
 
-        Gives (images uint8 [n, 3, resolution, resolution] channels_last, labels int64 [n]) on the device, valid
+        Yields (images uint8 [n, 3, resolution, resolution] channels_last, labels int64 [n]) on the device, valid
         until the next batch is asked for. `epoch` chooses the crops of a training loader. `read_ahead`: `samples` go
         page by page, so the pages that come next are worth reading now. Whatever ends the block, the loader thread is
         joined. Raises RunError if the thread fails or no batch comes for `timeout` seconds.

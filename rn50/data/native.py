@@ -81,7 +81,7 @@ def index_jpeg(jpeg, tile=TILE):
 
 
 def decode_batch(addresses, sizes, widths, heights, raw, crops, out, *, threads, nanoseconds=None):
-    """Crop, resize and mirror stored images into `out`; gives the status of each, int32 [n], all OK where it went well.
+    """Crop, resize and mirror stored images into `out`; returns the status of each, int32 [n], OK where it went well.
 
     addresses, sizes: uint64 [n], where the bytes of each image lie in memory. widths, heights: uint16 [n], pixels.
     raw: uint8 [n], whether the bytes are RGB pixels instead of a JPEG. crops: CROP [n].

@@ -50,7 +50,7 @@ class Mirror:
         self._thread = None
 
     def fetch(self, *, into, later_than):
-        """Download the checkpoint there is to `into` if its step is later than `later_than`; gives whether it did.
+        """Download the checkpoint there is to `into` if its step is later than `later_than`; returns whether it did.
 
         later_than: None where nothing is here: then a mirror that does not answer is a RunError, because starting over
         would replace what it holds.

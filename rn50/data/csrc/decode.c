@@ -209,7 +209,7 @@ static int read_header(struct jpeg *jpeg, struct worker *worker, const uint8_t *
 
 /* ------------------------------------------------------------------ entropy decoding */
 
-/* Copies [from, to) without the zeros after 0xFF, up to a marker; beyond, `out` reads as zeros. Gives the end. */
+/* Copies [from, to) without the zeros after 0xFF, up to a marker; beyond, `out` reads as zeros. Returns the end. */
 static const uint8_t *unstuff(uint8_t *out, const uint8_t *from, const uint8_t *to) {
     while (from < to) {
         const uint8_t *ff = memchr(from, 0xFF, (size_t)(to - from));
@@ -248,7 +248,7 @@ static int slow_symbol(const struct huffman *table, struct bits *bits, uint32_t 
     return entry ? (int)(entry >> 8) : table->spec[16 + table->offset[length] + (int)(code >> (16 - length))];
 }
 
-/* One block of quantised coefficients into `block` (zeros until now); gives the number of the last one, or -1. */
+/* One block of quantised coefficients into `block` (zeros until now); returns the number of the last one, or -1. */
 static inline int read_block(const struct component *part, struct bits *bits, int *dc, int32_t *block) {
     int k = 1, last = 0, symbol;
     refill(bits);
