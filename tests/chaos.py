@@ -365,7 +365,7 @@ def report(faults, table, seconds):
     cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores ({processor()})"
     return f"""# {len(faults)} faults in {len(runs)} runs, of which {same} ended as an undisturbed one does
 
-`python {" ".join(sys.argv)}` took {seconds:.0f} s on {cores}, Linux {platform.release()}, commit {commit()}.
+`python -m tests.chaos {" ".join(sys.argv[1:])}` took {seconds:.0f} s on {cores}, Linux {platform.release()}, commit {commit()}.
 
 - recovered: the next command, without any other help, went on from a checkpoint, or began anew before there was one.
   Where it did not, it met an unreachable S3 with nothing on the disk, and refused to start over, as it should.

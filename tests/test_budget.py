@@ -57,9 +57,11 @@ def test_the_meter_counts_from_the_start_of_the_process_and_what_either_file_kno
     assert not again.spent()
     again.max_dollars = again.dollars + budget.STOP_SECONDS
     assert again.spent()
-    for damaged in ("", "{", '{"dollars": null}', '{"dollars": NaN}', "[]"):
-        (tmp_path / "spend.json").write_text(damaged)
-        assert budget.Meter(tmp_path, dollars_per_hour=0, max_dollars=1, before=7.0).dollars == 7
+    for number, damaged in enumerate(("", "{", '{"dollars": null}', '{"dollars": NaN}', "[]")):
+        folder = tmp_path / str(number)  # of its own: the meters above write theirs every few seconds
+        folder.mkdir()
+        (folder / "spend.json").write_text(damaged)
+        assert budget.Meter(folder, dollars_per_hour=0, max_dollars=1, before=7.0).dollars == 7
 
 
 def test_seconds_to_finish_are_those_of_what_is_left():

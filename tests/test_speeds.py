@@ -1,11 +1,13 @@
 """Speeds and hours: the arithmetic against hand-made cases, and how it does on published runs."""
 
 import dataclasses
+import json
 import math
 
 import pytest
 
 from rn50.planning import costs, speeds
+from tests.conftest import ROOT
 
 TABLE = costs.read_table()
 SPEEDS = speeds.fit(TABLE)
@@ -65,11 +67,20 @@ def test_ffcvs_own_machine_is_projected_as_published_within_the_error():
 
 
 def test_the_loader_ceiling_is_anchored_at_a_figure_for_all_vcpus():
-    rates = speeds.loader_rates(TABLE, {"rn50": 900.0, "ffcv": 300.0})
-    assert rates["ffcv"] == pytest.approx(31278 / 96, rel=1e-3)
-    assert rates["rn50"] == pytest.approx(3 * 31278 / 96 * 0.7, rel=1e-3)
+    def rates(ours, stock):
+        loader = {"rn50": {"value": ours}, "ffcv": {"value": stock}}
+        return speeds.loader_rates(dataclasses.replace(TABLE, loader=loader))
+
+    assert rates(900.0, 300.0)["ffcv"] == pytest.approx(31278 / 96, rel=1e-3)
+    assert rates(900.0, 300.0)["rn50"] == pytest.approx(3 * 31278 / 96 * 0.7, rel=1e-3)
     # a faster host makes both faster, and says nothing about a vCPU elsewhere
-    assert speeds.loader_rates(TABLE, {"rn50": 1800.0, "ffcv": 600.0}) == rates
+    assert rates(1800.0, 600.0) == rates(900.0, 300.0)
+
+
+def test_the_loaders_rates_are_those_that_the_study_measured():
+    measured = json.loads((ROOT / "studies/loader/160px_1thread.json").read_text())["results"]
+    measured = {row["name"]: row["images_per_second"] for row in measured}
+    assert {name: row["value"] for name, row in TABLE.loader.items()} == {name: measured[name] for name in TABLE.loader}
 
 
 def test_smaller_crops_and_smaller_files_decode_faster():
