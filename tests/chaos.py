@@ -362,10 +362,11 @@ def report(faults, table, seconds):
 
     runs = {fault["run"]: fault["outcome"] for fault in faults}
     same = sum(result == "identical" for result in runs.values())
-    cores = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores ({processor()})"
+    command = " ".join(["python -m tests.chaos", *sys.argv[1:]])
+    machine = f"{len(os.sched_getaffinity(0))} of {os.cpu_count()} cores ({processor()}), Linux {platform.release()}"
     return f"""# {len(faults)} faults in {len(runs)} runs, of which {same} ended as an undisturbed one does
 
-`python -m tests.chaos {" ".join(sys.argv[1:])}` took {seconds:.0f} s on {cores}, Linux {platform.release()}, commit {commit()}.
+`{command}` took {seconds:.0f} s on {machine}, commit {commit()}.
 
 - recovered: the next command, without any other help, went on from a checkpoint, or began anew before there was one.
   Where it did not, it met an unreachable S3 with nothing on the disk, and refused to start over, as it should.
