@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import tools.predict as tool
-from tests.test_app import known  # noqa: F401
+from tests.app.test_app import known  # noqa: F401
 
 
 def run(monkeypatch, *arguments):

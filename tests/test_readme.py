@@ -47,8 +47,10 @@ RUN_BY = {
         "DATA=imagenette bash tools/demo.sh"
     ],
     "test_readme.py::test_linters_and_tests_are_run": ["bash tools/test.sh"],
-    "test_proxy_study.py::test_a_run_becomes_a_line_that_is_not_made_again": ["studies/proxy_study/proxy_study.py"],
-    "test_perturbed_runs.py::test_runs_become_lines_that_are_not_made_again": [
+    "studies/test_proxy_study.py::test_a_run_becomes_a_line_that_is_not_made_again": [
+        "studies/proxy_study/proxy_study.py"
+    ],
+    "studies/test_perturbed_runs.py::test_runs_become_lines_that_are_not_made_again": [
         "studies/perturbed_runs/perturbed_runs.py"
     ],
     "test_packaging.py::test_set_up_installs_once_and_again_when_its_inputs_change": ["bash tools/setup.sh"],
@@ -84,7 +86,7 @@ RUN_BY = {
         ".venv/bin/python tools/ec2.py status --bucket BUCKET --run rn50_78",
         ".venv/bin/python tools/ec2.py clean --bucket BUCKET",
     ],
-    "test_export.py::test_the_exported_network_is_the_checkpoints_ema_on_real_images": [
+    "publishing/test_export.py::test_the_exported_network_is_the_checkpoints_ema_on_real_images": [
         ".venv/bin/python tools/export_model.py --checkpoint runs/rn50_78/last.pt --out model/",
         "tools/export_model.py",
     ],
@@ -99,19 +101,23 @@ RUN_BY = {
     "test_predict.py::test_a_table_and_json_say_the_same": [
         ".venv/bin/python tools/predict.py IMAGE... --model model/ [--json] [--cam heat.png]",
     ],
-    "test_benchmark_app.py::test_a_run_measures_the_app_and_says_what_falls_short": [
+    "studies/test_benchmark_app.py::test_a_run_measures_the_app_and_says_what_falls_short": [
         ".venv/bin/python studies/space/benchmark_app.py --model model/ --image IMAGE",
         "studies/space/benchmark_app.py",
     ],
-    "test_forecast.py::test_the_published_table_is_the_one_the_check_writes": ["studies/forecast/forecast_check.py"],
-    "test_benchmark_loader.py::test_it_measures_and_profiles": ["studies/loader/benchmark_loader.py --images DIR"],
-    "test_decode_tools.py::test_the_writer_is_measured_beside_stock_ffcv": [
+    "planning/test_forecast.py::test_the_published_table_is_the_one_the_check_writes": [
+        "studies/forecast/forecast_check.py"
+    ],
+    "studies/test_benchmark_loader.py::test_it_measures_and_profiles": [
+        "studies/loader/benchmark_loader.py --images DIR"
+    ],
+    "studies/test_decode_tools.py::test_the_writer_is_measured_beside_stock_ffcv": [
         "studies/writer/benchmark_writer.py --images DIR"
     ],
-    "test_checkpoint.py::test_the_benchmark_measures_what_a_checkpoint_costs": [
+    "training/test_checkpoint.py::test_the_benchmark_measures_what_a_checkpoint_costs": [
         "studies/checkpoint/benchmark_checkpoint.py"
     ],
-    "test_decode_tools.py::test_accuracy_with_either_decoder_is_paired_by_seed": [
+    "studies/test_decode_tools.py::test_accuracy_with_either_decoder_is_paired_by_seed": [
         "studies/decode_accuracy/decode_accuracy.py"
     ],
     "test_chaos.py::test_every_fault_leaves_the_weights_and_the_log_of_an_undisturbed_run": ["tests/chaos.py"],

@@ -17,7 +17,7 @@ finish() {
     local status=$?
     ((status)) || return 0
     echo "error: setting up failed at: $step"
-    "$python" tools/ec2_supervise.py give-up --reason "setting up failed at: $step" || {
+    "$python" -m rn50.cloud.supervise give-up --reason "setting up failed at: $step" || {
         # Without packages nothing but the aws command can tell.
         aws s3 cp --only-show-errors "$prefix/var/log/rn50-bootstrap.log" \
             "s3://$RN50_BUCKET/rn50/runs/$RN50_RUN/rn50-bootstrap.log" || true
@@ -69,7 +69,7 @@ done
 
 step="betons"
 betons=$(choose_disk)
-"$python" tools/ec2_supervise.py stage --betons "$betons"
+"$python" -m rn50.cloud.supervise stage --betons "$betons"
 
 step="systemd"
 unit rn50-train.service "[Unit]
@@ -84,7 +84,7 @@ OnFailure=rn50-failed.service
 Type=exec
 WorkingDirectory=$root
 EnvironmentFile=$prefix/etc/rn50.env
-ExecStart=$python tools/ec2_supervise.py train --betons $betons
+ExecStart=$python -m rn50.cloud.supervise train --betons $betons
 Restart=on-failure
 RestartPreventExitStatus=2
 RestartSec=15
@@ -100,7 +100,7 @@ Description=rn50: the training run failed too often
 Type=oneshot
 WorkingDirectory=$root
 EnvironmentFile=$prefix/etc/rn50.env
-ExecStart=-$python tools/ec2_supervise.py give-up --reason \"rn50-train.service has failed for good\"
+ExecStart=-$python -m rn50.cloud.supervise give-up --reason \"rn50-train.service has failed for good\"
 ExecStart=shutdown -h now
 TimeoutStartSec=600"
 systemctl daemon-reload

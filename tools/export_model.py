@@ -35,7 +35,7 @@ from rn50.data import beton, writer
 from rn50.data.sources import open_source
 from rn50.errors import RunError, UsageError
 from rn50.machine import commit
-from rn50.publishing import export
+from rn50.publishing import card, export
 from rn50.training import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
@@ -163,7 +163,7 @@ def write(folder, args, state, which, description, network, data):
     config = {
         "format": inference.FORMAT,
         "name": args.name or state["config"]["logging"]["run_name"],
-        "dataset": args.dataset or export.dataset_name(data.classes),
+        "dataset": args.dataset or card.dataset_name(data.classes),
         "licence": args.licence,
         "architecture": description,
         "weights": which,
@@ -199,7 +199,7 @@ def write(folder, args, state, which, description, network, data):
     if args.images:
         config["agreement"] = compare_on_files(folder, network, args.images, args.max_images, config)
     save_json(folder / "config.json", config)
-    (folder / "README.md").write_text(export.model_card(config), encoding="utf-8")
+    (folder / "README.md").write_text(card.model_card(config), encoding="utf-8")
     return config
 
 
@@ -362,7 +362,7 @@ def compare_on_files(folder, network, images, count, config):
         right["app"] += int(ours.argmax() == label)
         right["pil"] += int(theirs.argmax() == label)
     shares = {name: 100 * number / len(chosen) for name, number in right.items()}
-    headline = export.headline_row(config)
+    headline = card.headline_row(config)
     if abs(shares["app"] - shares["pil"]) > FILE_POINTS or worst > FILE_LOGITS:
         raise RunError(
             f"the app and a PIL evaluation of {len(chosen)} files disagree: {shares['app']:.2f} and "
@@ -385,7 +385,7 @@ def evaluation_transform(picture, prepared):
 
 
 def report(out, config):
-    headline = export.headline_row(config)
+    headline = card.headline_row(config)
     print(f"{out}: {config['name']}, {config['architecture']['arch']}, {config['weights']} weights")
     if headline:
         print(
@@ -394,7 +394,7 @@ def report(out, config):
         )
     else:
         print("  not evaluated: the run is not finished")
-    for line in export.agreement_lines(config):
+    for line in card.agreement_lines(config):
         print(f"  {line.replace('`', '')}")
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         print(f"  {path.stat().st_size / 1e6:8.2f} MB  {path.relative_to(out)}")

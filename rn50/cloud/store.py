@@ -1,4 +1,4 @@
-"""Where a run on EC2 keeps its things in S3, and what it has cost: what tools/ec2.py and tools/ec2_supervise.py share.
+"""Where a run on EC2 keeps its things in S3, and what it has cost: what tools/ec2.py and the instance share.
 
 s3://BUCKET/rn50/betons/                        what to train from
 s3://BUCKET/rn50/code/COMMIT.tar.gz             the tree at a commit

@@ -336,7 +336,7 @@ def test_a_spot_instance_that_is_taken_away_costs_nothing_but_time(cloud_account
 def test_the_laptop_and_the_supervisor_need_no_torch(tmp_path):
     """The commands answer at once, and a laptop needs boto3 and PyYAML only, in a clone that is not installed."""
     code = f"import runpy; runpy.run_path('{ROOT}/tools/ec2.py'); import sys, rn50; print(rn50.__file__)\n"
-    code += "from tools import ec2_supervise; print({'torch', 'numpy', 'ffcv'} & set(sys.modules))"
+    code += "from rn50.cloud import supervise; print({'torch', 'numpy', 'ffcv'} & set(sys.modules))"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.stdout.split() == [str(ROOT / "rn50" / "__init__.py"), "set()"], done.stderr

@@ -9,9 +9,10 @@ import pytest
 from rn50.cloud import account as accounts
 from rn50.cloud import aws as aws_module
 from rn50.cloud import store as cloud
+from rn50.cloud import supervise
 from rn50.training.mirror import Mirror
 from tests.cloud.helpers import BUCKET, PLAN, only_instance, put, quota, report, stub, with_image
-from tools import ec2, ec2_supervise
+from tools import ec2
 
 # IAM's names where they differ from the call's; () where a call needs no permission.
 ACTIONS = {
@@ -108,13 +109,13 @@ def test_the_instance_may_do_what_it_calls_and_nothing_else(cloud_account, tmp_p
     monkeypatch.setenv("RN50_INSTANCE", "i-1")
     monkeypatch.setenv("RN50_PREFIX", str(tmp_path))
     cloud_account.calls.clear()
-    store, reporter, record = ec2_supervise.connect()
+    store, reporter, record = supervise.connect()
     cloud.stage(store.client, BUCKET, tmp_path / "betons", rung=64)
     folder = tmp_path / "demo"
     folder.mkdir()
     (folder / "log.jsonl").write_text("{}\n")
     assert reporter.beat("training", folder)
-    assert ec2_supervise.stop_reason(store, record | {"idle_minutes": 30, "budget": 5}, 0) is None
+    assert supervise.stop_reason(store, record | {"idle_minutes": 30, "budget": 5}, 0) is None
     mirror = Mirror(f"s3://{BUCKET}/{cloud.RUNS}", folder=folder, warn=print)
     assert mirror.fetch(into=folder / "last.pt.partial", later_than=None) is False
     (folder / "last.pt").write_bytes(bytes(9 << 20))  # more than one part

@@ -13,8 +13,8 @@ import pytest
 from botocore.exceptions import ClientError
 
 from rn50.cloud import store as cloud
+from rn50.cloud import supervise
 from tests.cloud.helpers import BUCKET
-from tools import ec2_supervise
 
 
 class FakeStore:
@@ -39,14 +39,14 @@ class FakeStore:
 @pytest.fixture
 def supervised(tmp_path, monkeypatch):
     """train(script): runs `script` as the training; gives (what was reported last, exit status, shutdowns)."""
-    monkeypatch.setattr(ec2_supervise, "ROOT", tmp_path)
-    monkeypatch.setattr(ec2_supervise, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(supervise, "ROOT", tmp_path)
+    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(cloud, "HEARTBEAT_SECONDS", 0.05)
     folder = tmp_path / "runs" / "demo"
     folder.mkdir(parents=True)
     off, real, handler = [], subprocess.run, signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(
-        ec2_supervise.subprocess,
+        supervise.subprocess,
         "run",
         lambda command, **options: off.append(command) if command[0] == "shutdown" else real(command, **options),
     )
@@ -61,7 +61,7 @@ def supervised(tmp_path, monkeypatch):
         reporter = cloud.Reporter(store, instance_id="i-1", dollars_per_hour=1.0, started=time.time(), say=print)
         code = 0
         try:
-            ec2_supervise.train(store, reporter, whole, "betons")
+            supervise.train(store, reporter, whole, "betons")
         except SystemExit as leaving:
             code = leaving.code
         return store.written["instances/i-1.json"], code, len(off)
@@ -142,7 +142,7 @@ def test_a_run_that_writes_nothing_is_ended(supervised):
 
 
 def test_a_training_that_does_not_stop_is_killed(supervised, monkeypatch):
-    monkeypatch.setattr(ec2_supervise, "STOP_SECONDS", 0.2)
+    monkeypatch.setattr(supervise, "STOP_SECONDS", 0.2)
     supervised.store.asked = b"{}"
     record, _, off = supervised(WAITS.replace("sys.exit(3)", "pass"))
     assert (record["state"], off) == ("stopped", 1)
@@ -150,8 +150,8 @@ def test_a_training_that_does_not_stop_is_killed(supervised, monkeypatch):
 
 def test_a_training_that_cannot_even_be_killed_does_not_keep_the_instance(supervised, monkeypatch):
     """A hung GPU's driver holds the process in the kernel: nothing but switching off ends that."""
-    monkeypatch.setattr(ec2_supervise, "STOP_SECONDS", 0.1)
-    monkeypatch.setattr(ec2_supervise, "KILL_SECONDS", 0.1)
+    monkeypatch.setattr(supervise, "STOP_SECONDS", 0.1)
+    monkeypatch.setattr(supervise, "KILL_SECONDS", 0.1)
     held = []
     monkeypatch.setattr(subprocess.Popen, "kill", lambda process: held.append(process))
     supervised.store.asked = b"{}"

@@ -11,7 +11,7 @@ from PIL import Image
 
 from rn50.files import read_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(tool, *arguments, timeout=300):

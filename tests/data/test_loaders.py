@@ -89,7 +89,7 @@ def test_evaluation_is_torchvisions_resize_and_centre_crop(betons):
     for index, image in enumerate(images):
         start, size = int(info.data_ptrs[index]), int(info.sizes[index])
         expected = np.asarray(reference(Image.open(io.BytesIO(data[start : start + size].tobytes()))))
-        # textures: saturated noise, where chroma differs more than in photographs (tests/test_decode.py has those)
+        # textures: saturated noise, where chroma differs more than in photographs (tests/data/test_decode.py has those)
         assert np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).mean() < 2
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from rn50 import errors
 from rn50.data import textures
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TRAIN, VAL = 60, 30
 
 

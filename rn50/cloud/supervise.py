@@ -1,8 +1,8 @@
 """What runs on the instance: copies the betons, trains, reports to S3, and switches the instance off at the end.
 
-    python tools/ec2_supervise.py stage    --betons DIR    # S3 to a local disk, with checksums
-    python tools/ec2_supervise.py train    --betons DIR    # under systemd, which starts it again after a failure
-    python tools/ec2_supervise.py give-up  --reason TEXT   # report a failure, and switch off
+    python -m rn50.cloud.supervise stage    --betons DIR    # S3 to a local disk, with checksums
+    python -m rn50.cloud.supervise train    --betons DIR    # under systemd, which starts it again after a failure
+    python -m rn50.cloud.supervise give-up  --reason TEXT   # report a failure, and switch off
 
 tools/ec2_bootstrap.sh and the systemd units that it writes call it. RN50_BUCKET and RN50_RUN say which run; all else is
 in the run's launch.json. The instance was launched so that switching it off terminates it.
@@ -24,7 +24,7 @@ from rn50.cloud import store as cloud
 from rn50.command import run
 from rn50.errors import RunError, UsageError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = float(os.environ.get("RN50_POLL_SECONDS", 5))
 # What saving and mirroring the last checkpoint may take after a stop was asked for; and what dying may, after a kill.
 STOP_SECONDS, KILL_SECONDS = 150.0, 60.0

@@ -10,7 +10,7 @@ from rn50.files import read_rows
 from studies.proxy_study import proxy_study
 from studies.proxy_study.proxy_study import ARMS, CONFIG
 from tests.conftest import ROOT
-from tests.test_decode_tools import run
+from tests.studies.test_decode_tools import run
 from tests.test_train_imagenet import load
 
 

@@ -16,7 +16,7 @@ from rn50.data import beton, encode, writer
 from rn50.data.verify import verify
 from rn50.errors import RunError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 CLASSES = [{"wnid": name, "name": name} for name in ("a", "b", "c")]
 
 

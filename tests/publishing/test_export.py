@@ -15,7 +15,7 @@ from PIL import Image
 
 from rn50.data.imagenet import IMAGENETTE_NAMES
 from rn50.errors import RunError
-from rn50.publishing import export
+from rn50.publishing import card, export
 from rn50.training import checkpoint
 from tests import tiny_model
 from tests.conftest import ROOT
@@ -146,7 +146,7 @@ def test_the_card_has_front_matter_results_cost_limits_and_licence(exported, con
     front, body = text.split("---\n", 2)[1:]
     front = yaml.safe_load(front)
     assert front["license"] == "mit"
-    headline = export.headline_row(config)
+    headline = card.headline_row(config)
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == round(headline["top1"], 2)
     assert f"| 64 px, single view (headline) | {headline['top1']:.2f} % | {headline['top1_low']:.2f} to" in body
     for words in (
@@ -166,14 +166,14 @@ def test_the_card_has_front_matter_results_cost_limits_and_licence(exported, con
 def test_the_hubs_library_reads_the_card(exported, config):
     from huggingface_hub import ModelCard
 
-    card = ModelCard.load(exported[0] / "README.md")
-    (top1, top5), headline = card.data.eval_results, export.headline_row(config)
+    page = ModelCard.load(exported[0] / "README.md")
+    (top1, top5), headline = page.data.eval_results, card.headline_row(config)
     assert (top1.metric_value, top5.metric_value) == (round(headline["top1"], 2), round(headline["top5"], 2))
     assert (top1.task_type, top1.dataset_type) == ("image-classification", "a-dataset-without-a-name")
-    assert card.data.pipeline_tag == "image-classification"
+    assert page.data.pipeline_tag == "image-classification"
     for dataset, wnids in (("imagenet-1k", [f"n{k:08d}" for k in range(1000)]), ("frgfm/imagenette", IMAGENETTE_NAMES)):
-        named = config | {"dataset": export.dataset_name([{"wnid": wnid} for wnid in wnids])}
-        data = ModelCard(export.model_card(named)).data
+        named = config | {"dataset": card.dataset_name([{"wnid": wnid} for wnid in wnids])}
+        data = ModelCard(card.model_card(named)).data
         assert (data.datasets, data.eval_results[0].dataset_type) == ([dataset], dataset)
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from tests import bombs, tiny_model
 from tests.conftest import ROOT
-from tests.test_export import network_of
+from tests.publishing.test_export import network_of
 
 sys.path.insert(0, str(ROOT / "app"))
 import inference

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from tests import tiny_model
+from tests.app.test_app import known  # noqa: F401
 from tests.conftest import ROOT
-from tests.test_app import known  # noqa: F401
 
 pytest.importorskip("selenium")
 from axe_selenium_python import Axe
