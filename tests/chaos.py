@@ -65,8 +65,9 @@ def main():
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         lines = "".join(json.dumps(fault) + "\n" for fault in faults)
+        page = report(faults, table, time.time() - started)  # it names the commit, which a written file makes dirty
         (options.out / "faults.jsonl").write_text(lines)
-        (options.out / "README.md").write_text(report(faults, table, time.time() - started))
+        (options.out / "README.md").write_text(page)
     sys.exit(any(fault["outcome"] != "identical" for fault in faults))
 
 
