@@ -39,6 +39,14 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def read_json(path, default):
+    """What the JSON file holds; `default` where there is none, or none that can be read."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return default
+
+
 def read_rows(path, warn=None, check=None):
     """The rows of a file of JSON lines, as `parse_rows` reads them; none where there is no file."""
     try:

@@ -22,10 +22,9 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
-from tests.faults import forking, free_port, full_disk, limited_files, victim
+from tests.faults import ROOT, forking, free_port, full_disk, limited_files, victim
 from tests.services import Metadata, MotoS3
 
-ROOT = Path(__file__).resolve().parents[1]
 TIMES = {"images_per_second", "data_wait_fraction", "train_seconds", "cpu_seconds", "elapsed_seconds", "val_seconds"}
 DISK_MEGABYTES = 64
 EPOCHS, BATCH, MICRO_BATCH = 24, 20, 10

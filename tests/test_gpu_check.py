@@ -4,14 +4,13 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from tests.conftest import ROOT
 from tools import gpu_check
 
-ROOT = Path(__file__).resolve().parents[1]
 BY_NAME = {check.name: check for check in gpu_check.CHECKS}
 
 

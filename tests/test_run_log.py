@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from rn50.errors import RunError, Stopped
-from rn50.files import read_rows, write_atomically
+from rn50.files import read_json, read_rows, write_atomically
 from rn50.training.distributed import LostContact
 from rn50.training.run_folder import RunLog, recorded
 
@@ -102,3 +102,13 @@ def test_a_run_that_has_no_folder_leaves_none(tmp_path):
     with pytest.raises(RunError), recorded(tmp_path / "none", PROGRESS, rank=0):
         raise RunError("no data")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", [None, b"", b'{"status": "fini', b"\xff\xfe"])
+def test_json_that_cannot_be_read_is_as_none(tmp_path, content):
+    path = tmp_path / "status.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert read_json(path, default={}) == {}
+    path.write_text('{"status": "finished"}')
+    assert read_json(path, default={}) == {"status": "finished"}

@@ -24,8 +24,8 @@ from rn50.data import beton, encode
 from rn50.data.jpeg import decode_image
 from rn50.data.verify import verify
 from rn50.errors import RunError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 CLASSES = ("n01440764", "n02102040", "zebra")
 

@@ -34,6 +34,7 @@ from rn50.command import run
 from rn50.data import beton, writer
 from rn50.data.sources import open_source
 from rn50.errors import RunError, UsageError
+from rn50.files import read_json
 from rn50.machine import commit
 from rn50.publishing import card, export
 from rn50.training import checkpoint
@@ -242,10 +243,7 @@ def results(state):
 def training(path, state):
     """Hours, dollars and machine: from the checkpoint's log, and from environment.json beside it if that is there."""
     rows = state["progress"]["rows"]
-    try:
-        sessions = json.loads((Path(path).parent / "environment.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        sessions = []
+    sessions = read_json(Path(path).parent / "environment.json", default=[])
     last = sessions[-1] if sessions else {}
     dollars = rows[-1].get("dollars") if rows else None
     return {

@@ -10,7 +10,6 @@ in the run's launch.json. The instance was launched so that switching it off ter
 
 import argparse
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -21,10 +20,11 @@ from pathlib import Path
 import yaml
 
 from rn50.cloud import store as cloud
+from rn50.cloud.aws import ROOT
 from rn50.command import run
 from rn50.errors import RunError, UsageError
+from rn50.files import read_json
 
-ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = float(os.environ.get("RN50_POLL_SECONDS", 5))
 # What saving and mirroring the last checkpoint may take after a stop was asked for; and what dying may, after a kill.
 STOP_SECONDS, KILL_SECONDS = 150.0, 60.0
@@ -77,7 +77,7 @@ def train(store, reporter, record, betons):
     """One start of the training, watched until it ends; exit status 1 asks systemd for another one."""
     folder = ROOT / "runs" / record["run"]
     folder.mkdir(parents=True, exist_ok=True)
-    status = read_status(folder)
+    status = read_json(folder / "status.json", default={})
     if status.get("status") in ("finished", "budget"):
         return end(reporter, folder, status["status"], status["reason"])
     command = cloud.training_command(record, python=sys.executable, betons=betons, gpus=count_gpus())
@@ -88,7 +88,7 @@ def train(store, reporter, record, betons):
         child = subprocess.Popen(command, cwd=ROOT, stdout=console, stderr=subprocess.STDOUT)
     reporter.beat("training", folder)
     why = watch(child, asked, store, reporter, record, folder)
-    status = read_status(folder)
+    status = read_json(folder / "status.json", default={})
     say(f"training ended with {child.returncode}, {status or 'without a status'}; {why or 'nobody asked it to'}")
     if status.get("status") in ("finished", "budget"):
         return end(reporter, folder, status["status"], status["reason"])
@@ -160,13 +160,6 @@ def end(reporter, folder, state, reason, files=()):
             break
         time.sleep(POLL_SECONDS)
     subprocess.run(["shutdown", "-h", "now"], check=True)
-
-
-def read_status(folder):
-    try:
-        return json.loads((folder / "status.json").read_text())
-    except (OSError, ValueError):
-        return {}
 
 
 def activity(folder):

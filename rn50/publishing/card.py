@@ -3,6 +3,8 @@
 import jinja2
 import yaml
 
+from rn50.data.imagenet import IMAGENETTE_NAMES
+
 IMAGENET_CLASSES = 1000
 # What the Hub calls a dataset, by what dataset_name calls it.
 ON_THE_HUB = {"ImageNet-1k": "imagenet-1k", "Imagenette": "frgfm/imagenette"}
@@ -10,8 +12,6 @@ ON_THE_HUB = {"ImageNet-1k": "imagenet-1k", "Imagenette": "frgfm/imagenette"}
 
 def dataset_name(labels):
     """What the classes say about the data: ImageNet-1k, Imagenette, or nothing."""
-    from rn50.data.imagenet import IMAGENETTE_NAMES
-
     wnids = {label["wnid"] for label in labels}
     if wnids == set(IMAGENETTE_NAMES):
         return "Imagenette"

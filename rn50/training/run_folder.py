@@ -16,7 +16,7 @@ import yaml
 from torch.utils.tensorboard import SummaryWriter
 
 from rn50.errors import RunError, Stopped
-from rn50.files import write_atomically
+from rn50.files import read_json, write_atomically
 from rn50.machine import commit, cores, processor
 from rn50.training import interruption
 from rn50.training.distributed import LostContact
@@ -92,7 +92,7 @@ class RunLog:
         self.folder, self.rows, self._warn, self._failing = Path(folder), rows, warn, False
         self._write("config.yaml", yaml.safe_dump(config, sort_keys=False))
         # a resumed run may be on another machine: keep what each session ran on
-        sessions = _read_json(self.folder / "environment.json", default=[])
+        sessions = read_json(self.folder / "environment.json", default=[])
         sessions = [*sessions, {"from_epoch": len(self.rows), **environment}]
         self._write("environment.json", json.dumps(sessions, indent=1))
         self._write_rows()
@@ -163,13 +163,6 @@ def describe_environment(*, device, world_size, betons):
         "cpus": cores(),
         "betons": {Path(info.path).name: info.manifest and info.manifest["beton"]["sha256"] for info in betons},
     }
-
-
-def _read_json(path, default):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError):
-        return default
 
 
 def _version(package):

@@ -3,7 +3,6 @@
 import base64
 import json
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import boto3
@@ -15,7 +14,6 @@ from rn50.cloud import aws as aws_module
 from rn50.cloud import launch as launching
 from tools import ec2
 
-ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "bucket"
 CONFIG = "rn50_configs/demo.yaml"
 PLAN = ["--bucket", BUCKET, "--config", CONFIG, "--instance", "g5.2xlarge", "--spot", "--budget", "25", "--yes"]

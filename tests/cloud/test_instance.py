@@ -23,7 +23,6 @@ from tests.cloud.helpers import (
     CONFIG,
     IMAGE,
     PLAN,
-    ROOT,
     alive,
     launch,
     only_instance,
@@ -31,6 +30,7 @@ from tests.cloud.helpers import (
     put_betons,
     user_data,
 )
+from tests.conftest import ROOT
 from tests.services import Metadata
 from tools import ec2
 

@@ -9,7 +9,8 @@ from rn50.cloud import cleanup
 from rn50.cloud import launch as launching
 from rn50.cloud import store as cloud
 from rn50.errors import RunError
-from tests.cloud.helpers import BUCKET, IMAGE, ROOT, alive, put, put_betons, quota, stub, with_image
+from tests.cloud.helpers import BUCKET, IMAGE, alive, put, put_betons, quota, stub, with_image
+from tests.conftest import ROOT
 from tools import ec2
 
 

@@ -15,8 +15,8 @@ import pytest
 from rn50.data import beton, encode, writer
 from rn50.data.verify import verify
 from rn50.errors import RunError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 CLASSES = [{"wnid": name, "name": name} for name in ("a", "b", "c")]
 
 

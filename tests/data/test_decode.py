@@ -18,8 +18,8 @@ from torchvision import transforms
 from rn50.data import decode, native
 from rn50.data.beton import JPG, RAW, BetonInfo
 from rn50.errors import RunError
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SUBSAMPLING = {
     "4:4:4": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444,
     "4:2:2": cv2.IMWRITE_JPEG_SAMPLING_FACTOR_422,

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,8 +12,8 @@ from PIL import Image
 
 from rn50 import errors
 from rn50.data import textures
+from tests.conftest import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 TRAIN, VAL = 60, 30
 
 
