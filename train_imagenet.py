@@ -142,7 +142,7 @@ def train_steps(session, side, px, steps):
     torch.cuda.empty_cache()  # of pieces in the sizes of another resolution; nothing where there is no GPU
     with (
         session.train.loader(side).batches(mine, px, epoch=epoch, read_ahead=kind == "page") as batches,
-        session.steps(f"epoch {epoch + 1}/{training.epochs} {px} px", steps),
+        session.steps(px, steps),
     ):
         micro_batches = session.micro_batches(batches, mine.reshape(-1, training.micro_batch))
         for step in range(progress.epoch_step, steps):

@@ -5,6 +5,9 @@ import copy
 from functools import partial
 
 import torch
+from torch import nn
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
 from rn50.augment import color_jitter, jitter_factors, normalize
@@ -13,18 +16,34 @@ from rn50.errors import RunError
 from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.model import build_model
 from rn50.optimizer import FiniteSteps, build_optimizer, set_learning_rate
-from rn50.precision import autocast_dtype
+from rn50.precision import autocast_dtype, dtype_name
 
+COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
 RESOLUTIONS = 64  # that torch.compile may make a graph for; its own limit is 8, after which it goes on without one
 
 
 def compiled(network):
-    """`network` through torch.compile, with a graph for each resolution; a RuntimeError where there is none.
+    """`network` through torch.compile, with a graph for each resolution; one of COMPILE_ERRORS where there is none.
 
     Static: a graph for any size is slower than one for its own, and torch would make it at the second resolution.
     """
     torch._dynamo.config.recompile_limit = RESOLUTIONS
     return torch.compile(network, dynamic=False, fullgraph=True)
+
+
+def graphs():
+    """(graphs that torch.compile has made in this process, how many of them it had in its cache)."""
+    return counters["stats"]["unique_graphs"], counters["aot_autograd"]["autograd_cache_hit"]
+
+
+class Witness:
+    """A forward hook of the first convolution: what the network was given last, and what it computed in."""
+
+    resolution = channels_last = dtype = None
+
+    def __call__(self, module, inputs, output):
+        self.resolution, self.dtype = inputs[0].shape[-1], output.dtype
+        self.channels_last = output.is_contiguous(memory_format=torch.channels_last)
 
 
 class Learner:
@@ -34,7 +53,8 @@ class Learner:
     group is there already. total: sums a tensor over all ranks, in place, and returns it.
 
     network: the bare one, so that checkpoints have plain keys; model: the same, compiled and distributed as asked for.
-    ema: an EMA or None. autocast: makes the context in which a forward pass runs. precision: its dtype.
+    ema: an EMA or None. autocast: makes the context in which a forward pass runs. precision: its dtype. layout: the
+    torch.memory_format of weights and pixels.
     """
 
     def __init__(self, cfg, *, classes, device, world_size=1, total=lambda tensor: tensor):
@@ -49,8 +69,11 @@ class Learner:
             zero_init_last_bn=cfg.model.zero_init_last_bn,
             log_prior_bias=cfg.model.log_prior_bias,
         )
-        layout = torch.channels_last if training.channels_last else torch.contiguous_format
-        self.network = network.to(device, memory_format=layout)
+        self.layout = torch.channels_last if training.channels_last else torch.contiguous_format
+        self.network = network.to(device, memory_format=self.layout)
+        self._witness = Witness()
+        first = next(module for module in self.network.modules() if isinstance(module, nn.Conv2d))
+        first.register_forward_hook(self._witness)
         self.model = compiled(self.network) if training.compile else self.network
         if world_size > 1:
             self.model = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
@@ -99,11 +122,21 @@ class Learner:
         model: in place of the learner's own.
         """
         criterion = binary_cross_entropy if self.cfg.training.loss == "bce" else cross_entropy
+        # the loader's are channels_last, and a convolution follows either of pixels and weights
+        pixels = normalize(images).contiguous(memory_format=self.layout)
         with self.autocast():
-            logits = (model or self.model)(normalize(images))
+            logits = (model or self.model)(pixels)
         loss = criterion(logits, labels, smoothing=self.cfg.training.label_smoothing) / accumulation
         self.scaler.scale(loss).backward()
         return loss.detach()
+
+    def planned(self, px):
+        """What `seen` must be at `px` pixels."""
+        return _account(px, self.layout == torch.channels_last, self.precision)
+
+    def seen(self):
+        """{resolution: px, layout, dtype} of the last micro-batch, as the network's first convolution had it."""
+        return _account(self._witness.resolution, self._witness.channels_last, self._witness.dtype)
 
     def try_step(self, images, px):
         """A forward and backward pass of `images` black images, on a copy of the network: it leaves no trace.
@@ -166,3 +199,8 @@ class Learner:
     def _black(self, images, px):
         pixels = torch.zeros(images, px, px, 3, dtype=torch.uint8, device=self.device)
         return pixels.permute(0, 3, 1, 2)
+
+
+def _account(resolution, channels_last, dtype):
+    layout = "channels_last" if channels_last else "contiguous"
+    return {"resolution": resolution, "layout": layout, "dtype": dtype_name(dtype)}

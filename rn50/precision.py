@@ -19,6 +19,15 @@ def autocast_dtype(precision, device):
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
+def precisions(device):
+    """The names of the types in which `device` may be fastest: fp16 and bf16 on GPUs, fp32 and bf16 on processors.
+
+    bf16 only where `device` multiplies in it.
+    """
+    plain = "fp16" if device.type == "cuda" else "fp32"
+    return [plain, "bf16"] if autocast_dtype("auto", device) == torch.bfloat16 else [plain]
+
+
 def dtype_name(dtype):
     """torch.bfloat16 -> bfloat16."""
     return str(dtype).removeprefix("torch.")

@@ -156,6 +156,11 @@ def resolution(cfg, epoch):
     return schedules.resolution(epoch, **vars(cfg.resolution))
 
 
+def resolutions(cfg):
+    """`resolution` of every epoch, a list."""
+    return [resolution(cfg, epoch) for epoch in range(cfg.training.epochs)]
+
+
 def refuse_change(saved, cfg, folder):
     """UsageError where `cfg` is another recipe than `saved`, the nested dict in the checkpoint of `folder`'s run."""
     config.refuse_change(

@@ -30,6 +30,7 @@ class Progress:
     dollars: float = 0.0
     rows: list = field(default_factory=list)  # of the log
     # of the epoch that is not done
+    first_batch: dict | None = None  # what the network was given: resolution, layout, dtype
     loss_sum: torch.Tensor | float = 0.0
     epoch_seconds: float = 0.0
     waiting_seconds: float = 0.0

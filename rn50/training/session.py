@@ -1,17 +1,21 @@
 """What keeps a run alive around its loop: ranks, folder, resuming, money, log, checkpoints, and how it ends."""
 
 import contextlib
-from functools import partial
+import os
+import time
 from itertools import islice
 from pathlib import Path
 
 import torch
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from tqdm import tqdm
 
 from rn50 import config, recipe
 from rn50.data import loaders
 from rn50.data.beton import fingerprint, refuse_others
 from rn50.errors import RunError, Stopped, UsageError
 from rn50.evaluate import report_lines
+from rn50.learner import COMPILE_ERRORS, graphs
 from rn50.machine import cores, memory_bytes
 from rn50.planning import budget
 from rn50.planning.forecast import forecast, label_warnings
@@ -23,6 +27,7 @@ from rn50.training.run_folder import RunLog, describe_environment, make_folder, 
 
 # Seconds that a finished run waits for room on a full disk, and one that fails for the checkpoint it is writing.
 DISK_PATIENCE, FAILURE_PATIENCE = 600.0, 30.0
+COMPILED = "compiled"  # torch.compile's cache, in the run's folder
 
 
 def check(cfg):
@@ -79,9 +84,12 @@ class Session:
         patience = 60 * cfg.data.timeout_minutes + 300
         self.device, self.rank, self.world_size = distributed.setup(cfg.training.device, timeout=patience)
         recipe.check_batch(cfg, self.world_size)
-        self.say = partial(print, flush=True) if self.rank == 0 else lambda *args: None
+        self.say = _say if self.rank == 0 else lambda message: None
         self.log = self.checkpoints = self.mirror = self.guard = None
         self._in_a_row = 0
+        # in the run's folder, so that going on does not compile again; torch sets the default as it is imported
+        if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder.resolve() / COMPILED)
 
     def warn(self, message):
         self.say(f"warning: {message}")
@@ -211,14 +219,21 @@ class Session:
                 f"out of memory on {self.device} at {what}: make it smaller (for training as a new run; "
                 f"tools/preflight.py finds what fits), or end what else uses this GPU. {str(error).splitlines()[0]}"
             ) from error
+        except COMPILE_ERRORS as error:
+            raise RunError(
+                f"torch.compile fails at {what}: {str(error).strip().splitlines()[0]}; training.compile=false trains "
+                "without it, as a new run"
+            ) from error
 
     # --- Between two steps -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def steps(self, title, total):
+    def steps(self, px, total):
         """The block in which the steps of an epoch are made: `micro_batches` feeds them, `after_step` follows each."""
         progress = self.progress
+        title = f"epoch {progress.epoch + 1}/{self.cfg.training.epochs} {px} px"
         self._stopwatch, self._waiting, self._in_a_row = Stopwatch(), Waiting(self.device), 0
+        self._unproved, self._graphs, self._began = px, graphs(), time.perf_counter()
         with Bar(title=title, done=progress.epoch_step, total=total, say=self.say, shown=self.rank == 0) as self._bar:
             yield
             # what the GPU was behind the host, which has waited for it in the last step's status
@@ -242,6 +257,9 @@ class Session:
         agree before one of them waits for its GPU.
         """
         cfg, progress = self.cfg, self.progress
+        if self._unproved:
+            self._prove(self._unproved)
+            self._unproved = None
         progress.loss_sum += loss
         progress.count_step(images=cfg.training.batch_size, **self._stopwatch.lap())
         progress.waiting_seconds += self._waiting.lap()
@@ -255,6 +273,26 @@ class Session:
             progress.step, steps=cfg.logging.checkpoint_steps, minutes=cfg.logging.checkpoint_minutes
         ):
             self.save()
+
+    def _prove(self, px):
+        """RunError unless the first step of an epoch was what the plan says; note and say what it was."""
+        seen, planned = self.learner.seen(), self.learner.planned(px)
+        if seen != planned:
+            raise RunError(
+                f"the plan has {_spelled(planned)} for epoch {self.progress.epoch + 1}, but the network was given "
+                f"{_spelled(seen)}: please report this as a bug of rn50"
+            )
+        self.progress.first_batch = seen
+        if self.cfg.training.compile:
+            made, cached = (now - before for now, before in zip(graphs(), self._graphs, strict=True))
+            if not sum(graphs()):
+                raise RunError("training.compile=true, but torch.compile did nothing: is TORCH_COMPILE_DISABLE set?")
+            if made:
+                self.say(
+                    f"torch.compile: {made} graph{'s' if made > 1 else ''} for {_spelled(seen)}, {cached} from "
+                    f"{os.environ['TORCHINDUCTOR_CACHE_DIR']}; the first step took "
+                    f"{time.perf_counter() - self._began:.0f} s"
+                )
 
     def stop_if_asked(self):
         """Between two steps, on all ranks at the same one: end where something asked for it or nothing is learned."""
@@ -319,6 +357,7 @@ class Session:
             "epoch": progress.epoch,
             "step": progress.step,
             "resolution": resolution,
+            "first_batch": progress.first_batch,
             "rung": rung,
             "lr": lr,
             "train_loss": float(progress.loss_sum) / max(1, progress.epoch_steps - skipped),
@@ -397,3 +436,13 @@ class Session:
         self.say(f"stopping at step {self.progress.step}: {stop}; {command} goes on from there")
         if self.checkpoints:
             self.checkpoints.finish(interruption.STOP_SECONDS)
+
+
+def _say(message):
+    """Print a line, above the progress bar where there is one."""
+    with tqdm.external_write_mode():
+        print(message, flush=True)
+
+
+def _spelled(batch):
+    return f"{batch['resolution']} px {batch['layout']} {batch['dtype']}"
