@@ -1,11 +1,13 @@
 """Ten minutes on the rented machine before the money goes: its real speed, what the run will then cost, go or no-go.
 
     python tools/preflight.py rn50_configs/rn50_78.yaml --data /data/betons --instance g5.xlarge --budget 25 \\
-        --source s3://BUCKET/train_400.beton --json preflight.json
+        --source s3://BUCKET/train_400.beton --write tuned.yaml --json preflight.json
 
-Measures, at up to three resolutions of the recipe, images/s of the loader alone and of training with it, the share of
-time waiting for data, the micro-batch that fits, and with --source the speed of staging from there. Further arguments
-are settings, as train_imagenet.py takes them. tools/plan_run.py --preflight reads the JSON. Exit status 0: go, 1: not.
+Measures the micro-batch that fits, images/s of the training step in each precision, compiled and not, then, at up to
+three resolutions of the recipe, images/s of the loader alone and of training with it and the share of time waiting for
+data, and with --source the speed of staging from there. With --write, what is fastest goes into a YAML for a second
+--config-file, and the rest is measured with it. Further arguments are settings, as train_imagenet.py takes them.
+tools/plan_run.py --preflight reads the JSON. Exit status 0: go, 1: not.
 """
 
 import argparse
@@ -15,14 +17,16 @@ import json
 import math
 import os
 import subprocess
+import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 
-from rn50 import config, recipe
+from rn50 import choices, config, recipe
 from rn50.command import run
 from rn50.data import loaders
 from rn50.errors import RunError, UsageError
@@ -48,34 +52,27 @@ def main():
     cfg = recipe.load("", [f"--config-file={args.config}", f"--data.dir={args.data}", *settings])
     check(cfg)
     device, _, _ = distributed.setup(cfg.training.device)
-    schedule = [recipe.resolution(cfg, epoch) for epoch in range(cfg.training.epochs)]
     rungs = loaders.find_rungs(cfg.data.dir, "train")
-    sides = {px: loaders.training_rung(rungs, px, cfg.data.rung) for px in sorted(set(schedule))}
     # before the rest, which would be lost with a source that is not there
     staging = staging_speed(args.source, Path(args.data)) if args.source else None
     print(f"staging {staging:.0f} MB/s" if staging else "staging not measured (no --source): assumed", flush=True)
-    learner = Learner(cfg, classes=rungs[max(rungs)].num_classes, device=device)
-    micro = largest_micro_batch(learner, cfg.training.micro_batch, max(schedule))
-    print(f"micro-batch {micro} fits at {max(schedule)} px", flush=True)
-    rows = []
-    for px in spread(sides, 3):
-        info = rungs[sides[px]]
-        loader = loaders.training_loader(
-            info,
-            batch_size=micro,
-            crop_scale=cfg.data.crop_scale,
-            seed=cfg.training.seed,
-            device=device,
-            workers=cfg.data.workers or cores(),
-            timeout=60 * cfg.data.timeout_minutes,
-        )
-        row = {"resolution": px, "rung": sides[px], **measure(loader, learner, cfg, px, micro, args.seconds)}
-        rows.append(row)
-        print(
-            f"{px} px from rung {sides[px]}: loader {row['loader_images_per_second']:.0f} images/s, training "
-            f"{row['training_images_per_second']:.0f}, waiting for data {row['data_wait_fraction']:.0%}",
-            flush=True,
-        )
+    largest = rungs[max(rungs)]
+    learner = Learner(cfg, classes=largest.num_classes, device=device)
+    micro = largest_micro_batch(learner, cfg.training.micro_batch, max(recipe.resolutions(cfg)))
+    del learner
+    print(f"micro-batch {micro} fits at {max(recipe.resolutions(cfg))} px", flush=True)
+    # empty: what an earlier command has compiled would seem to take no time
+    with tempfile.TemporaryDirectory(prefix="preflight-") as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        tried = try_choices(cfg, largest, device, micro, args.seconds / 3)
+        chosen = choices.fastest(tried)
+        print(advice(tried, chosen), flush=True)
+        if args.write:
+            write_settings(args.write, chosen, device)
+            cfg = choices.with_settings(cfg, chosen["settings"])
+        elif tried[0]["failed"]:
+            raise RunError(f"no go: with the recipe's own settings, {tried[0]['failed']}")
+        rows = measure_resolutions(cfg, rungs, device, micro, args.seconds)
     gpus = max(1, torch.cuda.device_count()) if device.type == "cuda" else 1
     report = {
         "made_by": "tools/preflight.py",
@@ -84,16 +81,19 @@ def main():
         "config": Path(args.config).stem,
         "arch": cfg.model.arch,
         "instance": args.instance or "this machine",
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": name_of(device),
         "gpus": gpus,
         "vcpus": cores(),
         "memory_gib": round(memory_bytes() / 2**30, 1),
         "dollars_per_hour": price,
         "micro_batch": micro,
+        "choices": tried,
+        "measured_with": chosen if args.write else tried[0],
         "staging_mb_per_s": staging,
         "resolutions": share_among(rows, gpus, speeds.fit(table)),
     }
-    report |= revise(table, cfg, report, {sides[px]: rungs[sides[px]] for px in sides}, args.budget)
+    wanted = {loaders.training_rung(rungs, px, cfg.data.rung) for px in recipe.resolutions(cfg)}
+    report |= revise(table, cfg, report, {side: rungs[side] for side in wanted}, args.budget)
     spelled = ", ".join(f"{name} {value:.2f}" for name, value in report["hours_by_part"].items())
     print(f"projected from these measurements: {report['hours']:.2f} h ({spelled}), ${report['dollars']:.2f}")
     for reason in report["reasons"]:
@@ -105,10 +105,76 @@ def main():
     print(f"go: at most ${report['dollars_high']:.2f} of ${args.budget:g}")
 
 
+def name_of(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def finish(device):
     """Wait for what the GPU still has to do: kernels are only queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+# --- The choice between settings that compute the same ---------------------------------------------------------------
+
+
+def try_choices(cfg, info, device, micro, seconds):
+    """Rows of choices.measure, the recipe's own settings first; each is printed."""
+    px = choices.heaviest(cfg)
+    print(f"the step alone at {px} px, {micro} images a micro-batch:", flush=True)
+    tried = []
+    for settings in choices.settings(cfg, device):
+        tried.append(
+            choices.measure(
+                cfg,
+                settings,
+                classes=info.num_classes,
+                images=info.num_samples,
+                device=device,
+                px=px,
+                micro_batch=micro,
+                seconds=seconds,
+            )
+        )
+        print(f"  {spelled(tried[-1], tried[0])}", flush=True)
+    return tried
+
+
+def spelled(row, own):
+    """A line about a choice that was tried."""
+    settings = row["settings"]
+    name = f"{settings['training.precision']}{', compiled' if settings['training.compile'] else ''}"
+    if row["failed"]:
+        return f"{name:16} {row['failed']}"
+    ratio = f" ({row['images_per_second'] / own['images_per_second']:.2f} x)" if not own["failed"] else ""
+    compiling = (
+        f", {row['compile_seconds']:.0f} s to compile each of {row['sizes']} sizes" if row["compile_seconds"] else ""
+    )
+    return f"{name:16} {row['images_per_second']:.0f} images/s{ratio}{compiling}: {row['hours']:.2f} h"
+
+
+def advice(tried, chosen):
+    """One line: the settings to add to the command."""
+    own = tried[0]
+    if chosen is own:
+        return "the recipe's own settings are the fastest here, or as fast"
+    changed = {key: value for key, value in chosen["settings"].items() if value != own["settings"][key]}
+    flags = " ".join(f"--{key}={str(value).lower()}" for key, value in changed.items())
+    instead = f"{chosen['hours']:.2f} h" + (f" instead of {own['hours']:.2f} h" if not own["failed"] else "")
+    return f"faster here, for a new run: {flags} ({instead})"
+
+
+def write_settings(path, chosen, device):
+    """Write a YAML for a second --config-file."""
+    sections = {}
+    for name, value in chosen["settings"].items():
+        section, key = name.split(".")
+        sections.setdefault(section, {})[key] = value
+    about = f"# The fastest of tools/preflight.py on {name_of(device)}, {time.strftime('%Y-%m-%d')}.\n"
+    write_result(path, about + yaml.safe_dump(sections, sort_keys=False))
+
+
+# --- What a run would do with its own data ---------------------------------------------------------------------------
 
 
 def largest_micro_batch(learner, micro, px):
@@ -125,6 +191,31 @@ def largest_micro_batch(learner, micro, px):
             torch.cuda.empty_cache()
             micro //= 2
     raise RunError(f"not even one image at {px} px fits this GPU's memory; is another process using it?")
+
+
+def measure_resolutions(cfg, rungs, device, micro, seconds):
+    """A row for each of up to three resolutions of the recipe."""
+    learner = Learner(cfg, classes=rungs[max(rungs)].num_classes, device=device)
+    rows = []
+    for px in spread(set(recipe.resolutions(cfg)), 3):
+        side = loaders.training_rung(rungs, px, cfg.data.rung)
+        loader = loaders.training_loader(
+            rungs[side],
+            batch_size=micro,
+            crop_scale=cfg.data.crop_scale,
+            seed=cfg.training.seed,
+            device=device,
+            workers=cfg.data.workers or cores(),
+            timeout=60 * cfg.data.timeout_minutes,
+        )
+        row = {"resolution": px, "rung": side, **measure(loader, learner, cfg, px, micro, seconds)}
+        rows.append(row)
+        print(
+            f"{px} px from rung {side}: loader {row['loader_images_per_second']:.0f} images/s, training "
+            f"{row['training_images_per_second']:.0f}, waiting for data {row['data_wait_fraction']:.0%}",
+            flush=True,
+        )
+    return rows
 
 
 def spread(values, count):
@@ -230,7 +321,7 @@ def staging_speed(source, folder):
 
 
 def revise(table, cfg, report, rungs, budget):
-    """Hours and dollars from what was measured, and go or no-go with the reasons."""
+    """Hours and dollars from what was measured, and go or no-go with the reasons. rungs: all that the recipe reads."""
     recipe = costs.recipe_of(report["config"], config.to_dict(cfg) | {"data": {"rung": max(rungs)}})
     machine = costs.measured_machine(report)
     images = {**table.constant["images_train"], "value": float(max(info.num_samples for info in rungs.values()))}
@@ -238,6 +329,8 @@ def revise(table, cfg, report, rungs, budget):
     parts, _ = speeds.hours(table, speeds.fit(table), None, recipe, machine)
     speed = report["staging_mb_per_s"] or table.value("staging_mb_per_s")
     parts["staging"] = sum(info.bytes for info in rungs.values()) / (speed * 1e6) / 3600
+    if compiling := report["measured_with"]["compile_seconds"]:
+        parts["compiling"] = compiling * len(set(recipe.resolutions(cfg))) / 3600
     hours = sum(parts.values())
     dollars, high = (hours * factor * report["dollars_per_hour"] for factor in (1, 1 + speeds.MEASURED_SPREAD))
     reasons = []
@@ -292,6 +385,7 @@ def arguments():
     parser.add_argument("--dollars-per-hour", type=positive, help="what you pay, for instance on spot")
     parser.add_argument("--source", help="where betons are staged from: s3://BUCKET/FILE or a path")
     parser.add_argument("--seconds", type=positive, default=60, help="of each of two measurements a resolution")
+    parser.add_argument("--write", metavar="FILE", help="put the fastest settings into this YAML, and go on with them")
     parser.add_argument("--json", metavar="OUT", help="for tools/plan_run.py --preflight")
     return parser.parse_known_args()
 
