@@ -102,6 +102,7 @@ def arguments(argv):
         "--budget", type=positive, required=True, help="dollars for instances over the whole run"
     )
     made["launch"].add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="overrides a key")
+    made["launch"].add_argument("--tune", action="store_true", help="measure there what is fastest, and train with it")
     made["launch"].add_argument("--commit", help="what the instance runs; default: HEAD")
     made["launch"].add_argument("--idle-minutes", type=positive, default=30, help="without progress, until it ends")
     made["resume"].add_argument("--budget", type=positive, help="a new limit, over the whole run")

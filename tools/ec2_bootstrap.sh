@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Sets up an instance that tools/ec2.py launched, as root: packages, betons on the local disk, and a systemd unit that
-# trains. The instance's user data fetched this tree at a pinned commit and wrote etc/rn50.env. A failure is reported to
-# S3 and switches the instance off, which terminates it.
+# Sets up an instance that tools/ec2.py launched, as root: packages, betons on the local disk, the fastest settings
+# where the launch asked for them, and a systemd unit that trains. The instance's user data fetched this tree at a
+# pinned commit and wrote etc/rn50.env. A failure is reported to S3 and switches the instance off, which terminates it.
 # RN50_PREFIX=DIR takes DIR for the root of the file system (to try it without an instance): no disk is formatted then.
 set -euo pipefail
 prefix=${RN50_PREFIX:-}
@@ -70,6 +70,9 @@ done
 step="betons"
 betons=$(choose_disk)
 "$python" -m rn50.cloud.supervise stage --betons "$betons"
+
+step="tuning"
+"$python" -m rn50.cloud.supervise tune --betons "$betons"
 
 step="systemd"
 unit rn50-train.service "[Unit]

@@ -42,6 +42,7 @@ def launch(aws, args):
         "region": aws.region,
         "config": args.config,
         "settings": args.set,
+        "tune": args.tune,
         "commit": pinned_commit(args.commit),
         "instance": args.instance,
         "spot": args.spot,
@@ -121,6 +122,8 @@ def plan_lines(record, prices, source, spent, image, projected):
     price = f"${high:.3f}/h" if low == high else f"${low:.3f} to ${high:.3f}/h"
     yield f"on one {record['instance']}, {market}, {record['region']}, image {image['ImageId']}: {price} ({source})"
     yield projected
+    if record.get("tune"):
+        yield "precision and torch.compile as tools/preflight.py finds them fastest there, in about five minutes"
     yield (
         f"budget ${record['budget']:.2f}, {hours:.1f} h at the highest of these prices"
         + (f", of which ${spent:.2f} are spent" if spent else "")

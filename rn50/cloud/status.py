@@ -62,7 +62,7 @@ def status_lines(store, record, found, records, now):
         yield f"instance {last['instance_id']}: {state}; {last['state']}{reason}, {seen}"
         if state == "running" and now - last["seen"] > cloud.LOST_SECONDS:
             yield "warning: it runs but does not report: look with aws ssm start-session, or end it with stop"
-        if state == "gone" and last["state"] in ("staging", "staged", "training", "interrupted"):
+        if state == "gone" and last["state"] in ("staging", "staged", "tuning", "training", "interrupted"):
             yield f"it was taken away: go on with {resume_command}"
     spent, reported = cloud.dollars(records), {r["instance_id"] for r in records}
     for instance in alive:

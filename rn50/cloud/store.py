@@ -5,6 +5,7 @@ s3://BUCKET/rn50/code/COMMIT.tar.gz             the tree at a commit
 s3://BUCKET/rn50/runs/RUN/launch.json           what was asked for
 s3://BUCKET/rn50/runs/RUN/instances/ID.json     an instance: price, since when, when last seen, what it does
 s3://BUCKET/rn50/runs/RUN/{last.pt, log.jsonl, status.json, console.log, ...}
+s3://BUCKET/rn50/runs/RUN/tuned.yaml            the fastest settings on its first instance, where that was asked for
 s3://BUCKET/rn50/runs/RUN/stop                  is there while the run is asked to stop
 """
 
@@ -24,9 +25,11 @@ BETONS, CODE, RUNS = f"{PREFIX}/betons", f"{PREFIX}/code", f"{PREFIX}/runs"
 # What is small goes along with every checkpoint.
 RECORDS = ("config.yaml", "environment.json", "log.jsonl", "status.json")
 CONSOLE, SETUP_LOG = "console.log", "rn50-bootstrap.log"
+TUNED, PREFLIGHT = "tuned.yaml", "preflight.json"
 # An instance's record is renewed every HEARTBEAT_SECONDS; one that is older than LOST_SECONDS counts as gone.
 HEARTBEAT_SECONDS, LOST_SECONDS = 60.0, 300.0
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+TUNING_SECONDS = 30.0  # tools/preflight.py --seconds: about five minutes for all it measures
 SMALL = 4 << 20  # bytes of console.log that are kept in S3
 
 
@@ -56,7 +59,10 @@ class Store:
             return None
 
     def write(self, name, value):
-        body = json.dumps(value, indent=1).encode()
+        """Put a JSON value as an object of the run."""
+        self.write_bytes(name, json.dumps(value, indent=1).encode())
+
+    def write_bytes(self, name, body):
         self.client.put_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}", Body=body)
 
     def keys(self, under=""):
@@ -85,14 +91,31 @@ def training_command(record, *, python, betons, gpus):
     command = [python, "train_imagenet.py"]
     if gpus > 1:
         command = [python, "-m", "torch.distributed.run", f"--nproc_per_node={gpus}", "train_imagenet.py"]
-    command += ["--config-file", record["config"], *(f"--{setting}" for setting in record["settings"])]
-    if not any(setting.startswith("training.device=") for setting in record["settings"]):
-        command.append("--training.device=cuda")  # without a driver, auto would go on for the GPU's price on a CPU
+    command += ["--config-file", record["config"]]
+    if record.get("tune"):
+        command += ["--config-file", f"runs/{record['run']}/{TUNED}"]
+    command += _flags(record)
     command += [f"--data.dir={betons}", "--logging.folder=runs", f"--logging.run_name={record['run']}"]
     command.append(f"--logging.mirror=s3://{record['bucket']}/{RUNS}")
     command.append(f"--budget.max_dollars={record['budget']:g}")
     command.append(f"--budget.dollars_per_hour={record['dollars_per_hour']:g}")
     return command
+
+
+def tuning_command(record, *, python, betons):
+    """The command that measures which settings are fastest, and leaves TUNED and PREFLIGHT in the run's folder."""
+    folder = f"runs/{record['run']}"
+    command = [python, "tools/preflight.py", record["config"], *_flags(record), "--data", str(betons)]
+    command += ["--budget", f"{record['budget']:g}", "--dollars-per-hour", f"{record['dollars_per_hour']:g}"]
+    command += ["--seconds", f"{TUNING_SECONDS:g}"]
+    return [*command, "--write", f"{folder}/{TUNED}", "--json", f"{folder}/{PREFLIGHT}"]
+
+
+def _flags(record):
+    flags = [f"--{setting}" for setting in record["settings"]]
+    if not any(setting.startswith("training.device=") for setting in record["settings"]):
+        flags.append("--training.device=cuda")  # without a driver, auto would go on for the GPU's price on a CPU
+    return flags
 
 
 # --- Betons from S3 to a local disk ----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """What runs on the instance: copies the betons, trains, reports to S3, and switches the instance off at the end.
 
     python -m rn50.cloud.supervise stage    --betons DIR    # S3 to a local disk, with checksums
+    python -m rn50.cloud.supervise tune     --betons DIR    # where the launch asked for it: measures what is fastest
     python -m rn50.cloud.supervise train    --betons DIR    # under systemd, which starts it again after a failure
     python -m rn50.cloud.supervise give-up  --reason TEXT   # report a failure, and switch off
 
@@ -39,6 +40,8 @@ def main():
         rung = cloud.rung_of(record, yaml.safe_load((ROOT / record["config"]).read_text()))
         cloud.stage(client, store.bucket, args.betons, rung=rung, say=say)
         reporter.beat("staged")
+    elif args.action == "tune":
+        tune(store, reporter, record, args.betons)
     elif args.action == "train":
         train(store, reporter, record, args.betons)
     else:
@@ -71,6 +74,31 @@ def connect():
         say=say,
     )
     return store, reporter, record
+
+
+def tune(store, reporter, record, betons):
+    """Have TUNED in the run's folder, and in the bucket for the instances to come: a run keeps its settings.
+
+    Where measuring fails, the recipe's own are taken. RunError where the run would cost more than its budget.
+    """
+    if not record.get("tune"):
+        return
+    folder = ROOT / "runs" / record["run"]
+    folder.mkdir(parents=True, exist_ok=True)
+    tuned = store.read_bytes(cloud.TUNED)
+    if tuned is None:
+        reporter.beat("tuning", folder)
+        command = cloud.tuning_command(record, python=sys.executable, betons=betons)
+        say(" ".join(command))
+        code = subprocess.run(command, cwd=ROOT).returncode
+        report = read_json(folder / cloud.PREFLIGHT, default={})
+        if code and report.get("go") is False and "budget.allow_overrun=true" not in record["settings"]:
+            raise RunError(f"no go: {report['reasons'][0]}")
+        if code and not report:
+            say("warning: tools/preflight.py failed; the recipe's own settings are taken")
+        tuned = (folder / cloud.TUNED).read_bytes() if report else b"{}\n"
+        store.write_bytes(cloud.TUNED, tuned)
+    (folder / cloud.TUNED).write_bytes(tuned)
 
 
 def train(store, reporter, record, betons):
@@ -196,7 +224,7 @@ def say(message):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     actions = parser.add_subparsers(dest="action", required=True)
-    for name in ("stage", "train"):
+    for name in ("stage", "tune", "train"):
         actions.add_parser(name).add_argument("--betons", required=True, help="folder on a fast local disk")
     actions.add_parser("give-up").add_argument("--reason", required=True)
     return parser.parse_args()
