@@ -12,21 +12,24 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rn50.augment import color_jitter, jitter_factors, normalize
 from rn50.ema import EMA
-from rn50.errors import RunError
+from rn50.errors import RunError, UsageError
 from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.model import build_model
 from rn50.optimizer import FiniteSteps, build_optimizer, set_learning_rate
 from rn50.precision import autocast_dtype, dtype_name
 
 COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
-RESOLUTIONS = 64  # that torch.compile may make a graph for; its own limit is 8, after which it goes on without one
+RESOLUTIONS = 256  # that torch.compile may make a graph for; its own limit is 8, after which it goes on without one
 
 
 def compiled(network):
     """`network` through torch.compile, with a graph for each resolution; one of COMPILE_ERRORS where there is none.
 
     Static: a graph for any size is slower than one for its own, and torch would make it at the second resolution.
+    UsageError where the environment has switched torch.compile off.
     """
+    if torch._dynamo.config.disable:
+        raise UsageError("training.compile=true, but TORCH_COMPILE_DISABLE or TORCHDYNAMO_DISABLE is set")
     torch._dynamo.config.recompile_limit = RESOLUTIONS
     return torch.compile(network, dynamic=False, fullgraph=True)
 

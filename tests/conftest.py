@@ -1,14 +1,17 @@
 """A small image set and its betons, made once for all tests that read some."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from rn50.data.textures import write_textures
+from rn50.training import checkpoint
 from tests import tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,38 +20,64 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
-def textures(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """made_once(name, make): a folder that `make(folder)` has filled, once for all of pytest-xdist's processes."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+
+    def made(name, make):
+        folder, whole = base / name, base / f"{name}.made"
+        with FileLock(base / f"{name}.lock"):
+            if not whole.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                whole.touch()
+        return folder
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def textures(made_once):
     """An ImageFolder tree: 10 classes, 20 training and 11 validation JPEGs each."""
-    tree = tmp_path_factory.mktemp("textures") / "tree"
-    write_textures(tree, train_per_class=20, val_per_class=11)
-    return tree
+    return (
+        made_once("textures", lambda tree: write_textures(tree / "tree", train_per_class=20, val_per_class=11)) / "tree"
+    )
 
 
 @pytest.fixture(scope="session")
-def betons(textures, tmp_path_factory):
+def betons(textures, made_once):
     """A folder with {train,val}_{64,96}.beton of `textures`."""
-    folder = tmp_path_factory.mktemp("betons")
-    command = [sys.executable, ROOT / "write_dataset.py", f"--source.dir={textures}", f"--out.dir={folder}"]
-    subprocess.run([*command, "--out.resolutions=64,96"], check=True, capture_output=True, timeout=120)
-    return folder
+
+    def convert(folder):
+        command = [sys.executable, ROOT / "write_dataset.py", f"--source.dir={textures}", f"--out.dir={folder}"]
+        subprocess.run([*command, "--out.resolutions=64,96"], check=True, capture_output=True, timeout=120)
+
+    return made_once("betons", convert)
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(textures, betons, tmp_path_factory):
+def tiny_checkpoint(textures, betons, made_once):
     """last.pt of a small network that knows the textures."""
-    return tiny_model.train(betons, textures, tmp_path_factory.mktemp("tiny"))
+    return made_once("tiny", lambda folder: tiny_model.train(betons, textures, folder)) / "tiny" / checkpoint.LAST
 
 
 @pytest.fixture(scope="session")
-def exported(tiny_checkpoint, textures, tmp_path_factory):
+def exported(tiny_checkpoint, textures, made_once):
     """(folder of the exported model, what the command said)."""
-    out = tmp_path_factory.mktemp("exported") / "model"
-    pictures = [str(path) for path in sorted(textures.glob("val/*/0000.jpg"))[:4]]
-    command = [sys.executable, ROOT / "tools/export_model.py", "--checkpoint", tiny_checkpoint, "--out", out]
-    command += ["--images", textures, "--examples", *pictures, "--examples-licence", "CC0 1.0, generated"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+
+    def export(folder):
+        pictures = [str(path) for path in sorted(textures.glob("val/*/0000.jpg"))[:4]]
+        command = [sys.executable, ROOT / "tools/export_model.py", "--checkpoint", tiny_checkpoint]
+        command += ["--out", folder / "model", "--images", textures]
+        command += ["--examples", *pictures, "--examples-licence", "CC0 1.0, generated"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        (folder / "said").write_text(done.stdout)
+
+    folder = made_once("exported", export)
+    return folder / "model", (folder / "said").read_text()
 
 
 @pytest.fixture(scope="session")
@@ -59,13 +88,6 @@ def app(exported, tmp_path_factory):
     running = tiny_model.App(exported[0], tmp_path_factory.mktemp("app"))
     yield running
     running.close()
-
-
-def pytest_collection_modifyitems(items):
-    """What pytest-xdist must give to one process: a file, and all that shares the exported network."""
-    for item in items:
-        shared = {"tiny_checkpoint", "exported", "app"} & set(item.fixturenames)
-        item.add_marker(pytest.mark.xdist_group("the page" if shared else item.path.name))
 
 
 def pytest_sessionfinish(session, exitstatus):

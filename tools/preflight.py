@@ -322,15 +322,15 @@ def staging_speed(source, folder):
 
 def revise(table, cfg, report, rungs, budget):
     """Hours and dollars from what was measured, and go or no-go with the reasons. rungs: all that the recipe reads."""
-    recipe = costs.recipe_of(report["config"], config.to_dict(cfg) | {"data": {"rung": max(rungs)}})
+    priced = costs.recipe_of(report["config"], config.to_dict(cfg) | {"data": {"rung": max(rungs)}})
     machine = costs.measured_machine(report)
     images = {**table.constant["images_train"], "value": float(max(info.num_samples for info in rungs.values()))}
     table = dataclasses.replace(table, constant={**table.constant, "images_train": images})
-    parts, _ = speeds.hours(table, speeds.fit(table), None, recipe, machine)
+    parts, _ = speeds.hours(table, speeds.fit(table), None, priced, machine)
     speed = report["staging_mb_per_s"] or table.value("staging_mb_per_s")
     parts["staging"] = sum(info.bytes for info in rungs.values()) / (speed * 1e6) / 3600
     if compiling := report["measured_with"]["compile_seconds"]:
-        parts["compiling"] = compiling * len(set(recipe.resolutions(cfg))) / 3600
+        parts["compiling"] = compiling * len(set(priced.resolutions)) / 3600
     hours = sum(parts.values())
     dollars, high = (hours * factor * report["dollars_per_hour"] for factor in (1, 1 + speeds.MEASURED_SPREAD))
     reasons = []

@@ -7,13 +7,11 @@ nothing to compile: no pause at the start or when the resolution changes.
 from dataclasses import replace
 
 import numpy as np
-from ffcv.fields.basics import IntDecoder
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-from ffcv.pipeline.allocation_query import AllocationQuery
 
 from rn50.data import native
 from rn50.data.beton import RAW
 from rn50.data.jpeg import decode_jpeg
+from rn50.data.stock import AllocationQuery, IntDecoder, SimpleRGBImageDecoder
 from rn50.errors import RunError
 from rn50.seeded import CROPS, uniforms
 

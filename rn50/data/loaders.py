@@ -14,24 +14,24 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-_torch_threads = torch.get_num_threads()
-
-from ffcv.fields.basics import IntField  # noqa: E402 - importing ffcv sets torch to one thread
-from ffcv.fields.rgb_image import RGBImageField  # noqa: E402
-from ffcv.loader import Loader, epoch_iterator  # noqa: E402
-from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
-from ffcv.pipeline.compiler import Compiler  # noqa: E402
-from ffcv.pipeline.graph import Graph  # noqa: E402
-from ffcv.pipeline.pipeline_spec import PipelineSpec  # noqa: E402
-from ffcv.transforms import ToDevice, ToTensor, ToTorchImage  # noqa: E402
-
-from rn50.data.beton import read_info  # noqa: E402
-from rn50.data.decode import CenterCropDecoder, LabelDecoder, RandomCropDecoder  # noqa: E402
-from rn50.data.order import page_aware_order, random_order  # noqa: E402
-from rn50.errors import RunError  # noqa: E402
-from rn50.machine import memory_bytes  # noqa: E402
-
-torch.set_num_threads(_torch_threads)
+from rn50.data.beton import read_info
+from rn50.data.decode import CenterCropDecoder, LabelDecoder, RandomCropDecoder
+from rn50.data.order import page_aware_order, random_order
+from rn50.data.stock import (
+    Compiler,
+    EpochIterator,
+    Graph,
+    IntField,
+    Loader,
+    PipelineSpec,
+    RGBImageField,
+    ToDevice,
+    ToTensor,
+    ToTorchImage,
+    epoch_iterator,
+)
+from rn50.errors import RunError
+from rn50.machine import memory_bytes
 
 # A rung's short side over the resolution from which a smaller stored image is taken to lose nothing: at 1.6 the mean
 # random crop (72 % of a side) still has more pixels than the output. Networks trained with such crops lost 0.8 to

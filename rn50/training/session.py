@@ -286,7 +286,7 @@ class Session:
         if self.cfg.training.compile:
             made, cached = (now - before for now, before in zip(graphs(), self._graphs, strict=True))
             if not sum(graphs()):
-                raise RunError("training.compile=true, but torch.compile did nothing: is TORCH_COMPILE_DISABLE set?")
+                raise RunError("training.compile=true, but torch.compile has made no graph: what switched it off?")
             if made:
                 self.say(
                     f"torch.compile: {made} graph{'s' if made > 1 else ''} for {_spelled(seen)}, {cached} from "

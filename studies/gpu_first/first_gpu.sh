@@ -68,7 +68,7 @@ alone() { # what a time limit has left running would slow down what is measured 
 }
 
 tests() {
-    OMP_NUM_THREADS=2 limit tests 150 "$python" -m pytest -v -n 4 --dist=load -p no:cacheprovider tests/test_gpu.py
+    OMP_NUM_THREADS=2 limit tests 150 "$python" -m pytest -v -n 4 --dist=load -p no:cacheprovider tests/test_gpu.py tests/test_learner.py
 }
 
 small=(${quick:+--device cpu --arch resnet18 --batch 2 --repeats 1 --seconds 0.01 --warm-up 1})

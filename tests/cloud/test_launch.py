@@ -79,6 +79,14 @@ def test_the_flagship_is_projected_before_it_is_paid_for(cloud_account, capsys):
     assert re.search(r"projected from published figures: \d+\.\d h, \$\d+\.\d\d", capsys.readouterr().out)
 
 
+def test_measuring_first_is_in_the_plan_and_in_the_record(cloud_account, capsys):
+    launch(cloud_account, "--tune")
+    assert "precision and torch.compile as tools/preflight.py finds them fastest there" in capsys.readouterr().out
+    assert json.loads(cloud_account.s3.get_object(Bucket=BUCKET, Key="rn50/runs/demo/launch.json")["Body"].read())[
+        "tune"
+    ]
+
+
 def test_a_run_that_is_projected_to_cost_more_than_its_budget_is_not_launched(cloud_account):
     flags = ["--bucket", BUCKET, "--config", "rn50_configs/rn50_78.yaml", "--budget", "3", "--yes"]
     with pytest.raises(

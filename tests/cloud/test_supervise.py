@@ -10,10 +10,12 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import yaml
 from botocore.exceptions import ClientError
 
 from rn50.cloud import store as cloud
 from rn50.cloud import supervise
+from rn50.errors import RunError
 from tests.cloud.helpers import BUCKET
 
 
@@ -193,3 +195,76 @@ def test_the_training_command_has_what_the_launch_asked_for():
     assert [word for word in own if "training.device" in word] == ["--training.device=cpu"]
     eight = cloud.training_command(record, python="python", betons="/b", gpus=8)
     assert eight[:4] == ["python", "-m", "torch.distributed.run", "--nproc_per_node=8"]
+
+
+# --- Measured before the first epoch: launch --tune ------------------------------------------------------------------
+
+# In the place of tools/preflight.py: {go} and {status} are its verdict.
+PREFLIGHT = """
+import json, sys
+options = dict(zip(sys.argv, sys.argv[1:]))
+open("measured", "a").write(" ".join(sys.argv) + chr(10))
+open(options["--write"], "w").write("training: {{compile: true}}")
+open(options["--json"], "w").write(json.dumps({{"go": {go}, "reasons": ["$30.00 is more than $25"]}}))
+sys.exit({status})
+"""
+KEPT = "training: {compile: true}"
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """tune(script, **record): one instance's; gives what its run's folder has then. tune.objects: the bucket's."""
+    monkeypatch.setattr(supervise, "ROOT", tmp_path)
+    (tmp_path / "tools").mkdir()
+    objects = {}
+    store = SimpleNamespace(read_bytes=objects.get, write_bytes=objects.__setitem__)
+    reporter = SimpleNamespace(beat=lambda *args: None)
+
+    def tune(script, **more):
+        (tmp_path / "tools" / "preflight.py").write_text(script)
+        record = {"run": "demo", "config": "c.yaml", "settings": ["lr.schedule=step"], "budget": 25.0, "tune": True}
+        supervise.tune(store, reporter, record | {"dollars_per_hour": 1.0} | more, "/betons")
+        found = tmp_path / "runs" / "demo" / cloud.TUNED
+        return found.read_text() if found.exists() else None
+
+    tune.objects = objects
+    tune.measured = lambda: (tmp_path / "measured").read_text().splitlines() if (tmp_path / "measured").exists() else []
+    return tune
+
+
+def test_what_is_fastest_is_measured_once_a_run(tuned):
+    assert tuned(PREFLIGHT.format(go=True, status=0)) == KEPT
+    assert tuned.objects == {cloud.TUNED: KEPT.encode()}
+    (command,) = tuned.measured()
+    assert command.startswith("tools/preflight.py c.yaml --lr.schedule=step --training.device=cuda --data /betons")
+    assert "--budget 25 --dollars-per-hour 1" in command
+    # the next instance of the run takes what the first one found, whatever it would find itself
+    assert tuned("raise SystemExit('measured again')") == KEPT
+    assert len(tuned.measured()) == 1
+
+
+def test_nothing_is_measured_unless_it_was_asked_for(tuned):
+    assert tuned(PREFLIGHT.format(go=True, status=0), tune=False) is None
+    assert not tuned.measured()
+    assert not tuned.objects
+
+
+def test_a_run_that_would_cost_more_than_its_budget_is_not_begun(tuned):
+    no_go = PREFLIGHT.format(go=False, status=1)
+    with pytest.raises(RunError, match=r"no go: \$30\.00 is more than \$25"):
+        tuned(no_go)
+    assert not tuned.objects
+    assert tuned(no_go, settings=["budget.allow_overrun=true"]) == KEPT
+
+
+def test_a_measurement_that_fails_leaves_the_recipes_own_settings(tuned, capsys):
+    assert yaml.safe_load(tuned("raise SystemExit('no such driver')")) == {}
+    assert "warning: tools/preflight.py failed; the recipe's own settings are taken" in capsys.readouterr().out
+    assert yaml.safe_load(tuned.objects[cloud.TUNED]) == {}
+
+
+def test_the_training_of_a_tuned_run_reads_what_was_found():
+    record = {"run": "r", "bucket": BUCKET, "config": "c.yaml", "settings": ["a.b=1"], "budget": 25.0, "tune": True}
+    command = cloud.training_command(record | {"dollars_per_hour": 0.5}, python="python", betons="/b", gpus=1)
+    # a setting that was asked for comes after it, and so wins
+    assert command[2:7] == ["--config-file", "c.yaml", "--config-file", f"runs/r/{cloud.TUNED}", "--a.b=1"]

@@ -31,7 +31,7 @@ def test_sources_count_once_and_a_gpu_without_any_comes_from_its_bandwidth():
 def test_leaving_a_source_out_leaves_out_all_it_said():
     fitted = speeds.fit(TABLE, without="Lambda")
     assert all("Lambda" not in sources for sources in fitted.by_gpu.values())
-    assert "H100" not in fitted.by_gpu
+    assert "RTX 4090" not in fitted.by_gpu
     row = next(row for row in speeds.check(TABLE) if row["source"] == "Sagar063" and row["gpu"] == "A10G")
     assert row["sources"] == 0
     without = speeds.fit(TABLE, without="Sagar063")
@@ -52,7 +52,7 @@ def test_a_source_cannot_improve_the_prediction_of_itself():
 def test_the_error_is_what_the_readme_says_and_excluded_runs_do_not_count():
     checked = speeds.check(TABLE)
     errors = speeds.prediction_errors(checked)
-    assert {key: round(math.expm1(value), 2) for key, value in errors.items()} == {True: 0.26, False: 0.28}
+    assert {key: round(math.expm1(value), 2) for key, value in errors.items()} == {True: 0.28, False: 0.28}
     counted = [row for row in checked if row["counted"]]
     assert speeds.prediction_errors(counted) == errors
     assert all(abs(row["error"]) < 0.5 for row in counted)
@@ -62,7 +62,7 @@ def test_ffcvs_own_machine_is_projected_as_published_within_the_error():
     machine = MACHINES["p4d.24xlarge"]
     parts, limit = speeds.hours(TABLE, SPEEDS, LOADER, RECIPES["rn50_56_epochs"], machine)
     # 49.4 minutes
-    assert parts["training"] + parts["evaluation"] == pytest.approx(49.4 / 60, rel=0.26)
+    assert parts["training"] + parts["evaluation"] == pytest.approx(49.4 / 60, rel=0.28)
     assert limit == "GPU"
 
 
