@@ -90,6 +90,15 @@ def app(exported, tmp_path_factory):
     running.close()
 
 
+# Files of more than a minute, longest first: pytest-xdist gives a process whole files, so the last should be short.
+LONG = ["test_train_imagenet", "test_decode_tools", "test_write_dataset", "test_chaos", "test_app", "test_notebook"]
+LONG += ["test_instance", "test_readme", "test_budget", "test_perturbed_runs", "test_compile", "test_plan_run"]
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 def pytest_sessionfinish(session, exitstatus):
     session.config.exit_status = int(exitstatus)
 

@@ -130,7 +130,7 @@ def machine():
 
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     processor = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
-    return [processor, torch.__version__]
+    return [processor, torch.backends.cpu.get_cpu_capability(), torch.__version__]
 
 
 def textures(tree):

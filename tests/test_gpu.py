@@ -180,6 +180,7 @@ def test_a_compiled_step_is_the_eager_one_at_every_size():
     ours, eager = (learner("--training.precision=fp32", f"--training.compile={on}") for on in ("true", "false"))
     for px in (64, 96):
         assert steps(ours, 2, px) == pytest.approx(steps(eager, 2, px), rel=1e-3)
+        assert ours.seen() == eager.seen() == ours.planned(px)
     torch._dynamo.reset()
 
 

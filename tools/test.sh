@@ -20,4 +20,4 @@ if command -v shellcheck >/dev/null; then
 fi
 # Two tests at a time on two cores; each alone would wait for processes much of its time.
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile "$@"
+exec .venv/bin/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"

@@ -88,7 +88,7 @@ class Session:
         self.log = self.checkpoints = self.mirror = self.guard = None
         self._in_a_row = 0
         # in the run's folder, so that going on does not compile again; torch sets the default as it is imported
-        if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
+        if cfg.training.compile and os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(self.folder.resolve() / COMPILED)
 
     def warn(self, message):
