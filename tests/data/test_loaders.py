@@ -366,3 +366,13 @@ def test_a_loader_for_the_cpu_leaves_a_gpu_alone(betons, monkeypatch):
     )
     with loader.batches(np.arange(8), 32) as batches:
         assert len(next(batches)[0]) == 8
+
+
+def test_importing_ffcv_leaves_torch_and_numba_as_they_were():
+    code = (
+        "import torch; torch.set_num_threads(3); import rn50.data.stock, numba.typed, numba.typed.typeddict as typed\n"
+    )
+    code += "from ffcv.fields.rgb_image import IMAGE_MODES\n"
+    code += "print(torch.get_num_threads(), numba.typed.Dict is typed.Dict, IMAGE_MODES)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "3 True {'jpg': 0, 'raw': 1}\n", done.stderr
