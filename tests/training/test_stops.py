@@ -204,3 +204,24 @@ def test_data_that_does_not_come_is_one_line(betons, tmp_path):
     (line,) = [line for line in command.output().splitlines() if line.startswith(("error", "Traceback"))]
     assert "no batch from" in line
     assert "data.timeout_minutes" in line
+
+
+def give_the_first_resolution_only():
+    """As in a public run, which trained all of its epochs at 160 px while its log said 192 and 224."""
+    batches = loaders.BetonLoader.batches
+    loaders.BetonLoader.batches = lambda self, samples, resolution, **options: batches(self, samples, 32, **options)
+
+
+def test_pictures_of_another_size_than_planned_end_the_run(betons, tmp_path):
+    flags = {"training__epochs": 4, "resolution__end": 48, "resolution__multiple": 16, "resolution__start_ramp": 1}
+    with Command(betons, tmp_path, prepare=give_the_first_resolution_only, resolution__end_ramp=2, **flags) as command:
+        assert command.end() == 1
+    (line,) = [line for line in command.output().splitlines() if line.startswith(("error", "Traceback"))]
+    planned, given = "48 px channels_last float32 for epoch 3", "was given 32 px channels_last float32"
+    assert planned in line
+    assert given in line
+    rows = read_rows(command.folder / "log.jsonl")
+    assert [row["first_batch"] for row in rows] == 2 * [
+        {"resolution": 32, "layout": "channels_last", "dtype": "float32"}
+    ]
+    assert command.status()["status"] == "failed"
