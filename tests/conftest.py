@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from torchvision import models
 
 from rn50.data.textures import write_textures
 from rn50.training import checkpoint
-from tests import tiny_model
+from tests import faults, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 # A shell puts programs in the background with Ctrl-C ignored; those that the tests start would inherit that.
@@ -88,6 +89,13 @@ def app(exported, tmp_path_factory):
     running = tiny_model.App(exported[0], tmp_path_factory.mktemp("app"))
     yield running
     running.close()
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    """In the place of ResNet-18, in this process: processors are slow in half precision."""
+    monkeypatch.setattr(models, "resnet18", models.resnet18)  # put back afterwards
+    faults.use_small_network()
 
 
 # Files of more than a minute, longest first: pytest-xdist gives a process whole files, so the last should be short.

@@ -3,13 +3,11 @@
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
-from torchvision import models
 
 from rn50 import choices, recipe
 from rn50.errors import RunError
 from rn50.learner import Learner
 from rn50.precision import autocast_dtype
-from tests import faults
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
@@ -73,12 +71,6 @@ def test_another_choice_must_be_worth_it():
     assert choices.fastest([own, cannot]) is own
     with pytest.raises(RunError, match="no training step can be made here: does not fit"):
         choices.fastest([cannot, cannot])
-
-
-@pytest.fixture
-def small_network(monkeypatch):
-    monkeypatch.setattr(models, "resnet18", models.resnet18)  # put back afterwards
-    faults.use_small_network()
 
 
 SMALL = ["--training.batch_size=16", "--training.micro_batch=8", "--training.precision=fp16"]

@@ -5,22 +5,14 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torchvision import models
 
 from rn50 import recipe
 from rn50.learner import Learner
-from tests import faults
 from tests.conftest import ROOT
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = [torch.device("cpu"), pytest.param(torch.device("cuda", 0), marks=needs_gpu)]
-
-
-@pytest.fixture(autouse=True)
-def small_network(monkeypatch):
-    """Processors are slow in half precision."""
-    monkeypatch.setattr(models, "resnet18", models.resnet18)  # put back afterwards
-    faults.use_small_network()
+pytestmark = pytest.mark.usefixtures("small_network")
 
 
 def make(device, *settings):

@@ -215,7 +215,5 @@ class Reporter:
                 with open(path, "rb") as file:
                     file.seek(max(0, found.st_size - SMALL))
                     body = file.read(SMALL)
-                self.store.client.put_object(
-                    Bucket=self.store.bucket, Key=f"{self.store.prefix}/{path.name}", Body=body
-                )
+                self.store.write_bytes(path.name, body)
                 self._sent[path] = mark

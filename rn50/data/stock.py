@@ -3,6 +3,7 @@
 FFCV 1.0.2 sets torch to one thread, and has numba compile a typed dictionary for the names of its two image modes: half
 of what a command takes to start. A plain dictionary does as well, for FFCV's own decoders too.
 """
+# ruff: noqa: F401 - loaders and decode import them from here
 
 import numba.typed
 import torch
@@ -22,20 +23,3 @@ try:
 finally:
     del numba.typed.Dict  # numba's own again, which it finds by its module's __getattr__
     torch.set_num_threads(_torch_threads)
-
-__all__ = [
-    "AllocationQuery",
-    "Compiler",
-    "EpochIterator",
-    "Graph",
-    "IntDecoder",
-    "IntField",
-    "Loader",
-    "PipelineSpec",
-    "RGBImageField",
-    "SimpleRGBImageDecoder",
-    "ToDevice",
-    "ToTensor",
-    "ToTorchImage",
-    "epoch_iterator",
-]

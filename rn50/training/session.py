@@ -195,10 +195,10 @@ class Session:
 
     def try_largest(self):
         """UsageError where the largest step or evaluation does not fit: not after hours, when the resolution rises."""
-        cfg, left = self.cfg, range(self.progress.epoch, self.cfg.training.epochs)
+        cfg, left = self.cfg, recipe.resolutions(self.cfg)[self.progress.epoch :]
         if not left:
             return
-        px, micro = max(recipe.resolution(cfg, epoch) for epoch in left), cfg.training.micro_batch
+        px, micro = max(left), cfg.training.micro_batch
         with self.fitting(f"{px} px with training.micro_batch={micro}", UsageError):
             self.learner.try_step(micro, px)
             if self.device.type == "cuda":

@@ -26,10 +26,12 @@ class FakeStore:
 
     def __init__(self):
         self.written, self.asked, self.others = {}, None, []
-        self.client = SimpleNamespace(put_object=lambda **options: None)
 
     def write(self, name, value):
         self.written[name] = dict(value)
+
+    def write_bytes(self, name, body):
+        pass
 
     def read_bytes(self, name):
         return self.asked if b"started" in self.console.read_bytes() else None
