@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from rn50 import schedules
 from rn50.data.beton import read_info
 from rn50.data.decode import CenterCropDecoder, LabelDecoder, RandomCropDecoder
 from rn50.data.order import page_aware_order, random_order
@@ -33,11 +34,10 @@ from rn50.data.stock import (
 from rn50.errors import RunError
 from rn50.machine import memory_bytes
 
-# A rung's short side over the resolution from which a smaller stored image is taken to lose nothing: at 1.6 the mean
-# random crop (72 % of a side) still has more pixels than the output. Networks trained with such crops lost 0.8 to
-# 1.5 points when evaluated from images of the evaluation's size, -0.1 to 0.5 from images 1.6 times as large
-# (studies/decode_accuracy).
-MARGIN = 1.6
+# A rung's short side over the evaluation's resolution from which a smaller stored image is taken to lose nothing.
+# Networks lost 0.8 to 1.5 points when evaluated from images of the evaluation's size, -0.1 to 0.5 from images 1.6 times
+# as large (studies/decode_accuracy).
+EVALUATION_MARGIN = 1.6
 # Above this share of memory the page cache cannot hold the file beside what training needs.
 RANDOM_ORDER_MEMORY_SHARE = 0.6
 PAGES_IN_WINDOW = 64
@@ -61,30 +61,27 @@ def find_rungs(folder, split):
 
 
 def training_rung(rungs, resolution, rung):
-    """The side to train from: `rung` itself, or on `auto` the smallest that is large enough for `resolution`."""
+    """The side to train from: `rung` itself, or on `auto` what schedules.rung says."""
     if rung != "auto":
         if rung not in rungs:
             raise RunError(f"data.rung={rung} is not among the rungs there are: {', '.join(map(str, rungs))}")
         return rung
-    return _smallest(rungs, MARGIN * resolution)
+    return schedules.rung(resolution, {side: info.median_short_side for side, info in rungs.items()})
 
 
 def validation_rung(rungs, resolution, crop_ratio, *, warn):
-    """The smallest rung that is large enough for resolution / crop_ratio, as for training, else the largest.
+    """The smallest rung with EVALUATION_MARGIN over resolution / crop_ratio, else the largest.
 
     `warn` is told where even that one's median image is enlarged.
     """
-    side = _smallest(rungs, MARGIN * resolution / crop_ratio)
+    enough = EVALUATION_MARGIN * resolution / crop_ratio
+    side = next((side for side, info in rungs.items() if info.median_short_side >= enough), max(rungs))
     if rungs[side].median_short_side < resolution / crop_ratio:
         warn(
             f"evaluation at {resolution} px enlarges the stored images "
             f"(largest rung {side}, median short side {rungs[side].median_short_side:.0f} px)"
         )
     return side
-
-
-def _smallest(rungs, short_side):
-    return next((side for side, info in rungs.items() if info.median_short_side >= short_side), max(rungs))
 
 
 def choose_order(info, order):

@@ -18,6 +18,7 @@ from PIL import Image
 from torchvision import transforms
 
 from rn50.data import loaders
+from rn50.data.decode import random_crops
 from rn50.errors import RunError
 
 CPU = torch.device("cpu")
@@ -178,6 +179,7 @@ GROWTH = """
 import os, sys, threading
 import numpy as np, torch
 from rn50.data import loaders
+from rn50.data.decode import random_crops
 info = loaders.find_rungs(sys.argv[1], "train")[96]
 loader = loaders.training_loader(info, batch_size=32, crop_scale=[0.35, 1], seed=0, device=torch.device("cpu"),
                                  workers=2, timeout=300)
@@ -232,11 +234,22 @@ def rungs(**short_sides):
     return {int(side[1:]): SimpleNamespace(median_short_side=short) for side, short in short_sides.items()}
 
 
+@pytest.mark.parametrize(
+    ("side", "px", "share"), [(500, 176, 0.126), (400, 176, 0.262), (256, 88, 0.114), (400, 150, 0.158)]
+)
+def test_the_share_of_crops_that_must_be_enlarged(side, px, share):
+    """What schedules.TRAINING_MARGIN says of 4:3 images."""
+    wide, high = np.full(100_000, side), np.full(100_000, side * 3 // 4)
+    crops = random_crops(wide, high, np.arange(100_000), size=px, scale=(0.08, 1.0), seed=0, epoch=0)
+    assert np.mean(crops["scale_x"] * crops["scale_y"] < 1) == pytest.approx(share, abs=0.005)
+
+
 def test_training_takes_the_smallest_rung_that_is_large_enough():
     available = rungs(_256=192, _400=300, _500=375)
     assert loaders.training_rung(available, 96, "auto") == 256
-    assert loaders.training_rung(available, 160, "auto") == 400
-    assert loaders.training_rung(available, 192, "auto") == 500
+    assert loaders.training_rung(available, 97, "auto") == 400
+    assert loaders.training_rung(available, 150, "auto") == 400
+    assert loaders.training_rung(available, 151, "auto") == 500
     assert loaders.training_rung(available, 320, "auto") == 500
     assert loaders.training_rung(available, 96, 500) == 500
     with pytest.raises(RunError, match="256, 400, 500"):
