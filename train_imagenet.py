@@ -101,6 +101,7 @@ def build(session):
         cfg,
         classes=train_set.info.num_classes,
         device=session.device,
+        rank=session.rank,
         world_size=session.world_size,
         total=distributed.total,
     )
@@ -147,7 +148,9 @@ def train_steps(session, side, px, steps):
         micro_batches = session.micro_batches(batches, mine.reshape(-1, training.micro_batch))
         for step in range(progress.epoch_step, steps):
             rate = recipe.learning_rate(cfg, epoch + step / steps)
-            loss = learner.step(micro_batches, accumulation=accumulation, learning_rate=rate, epoch=epoch)
+            loss = learner.step(
+                micro_batches, accumulation=accumulation, learning_rate=rate, epoch=epoch, step=progress.step
+            )
             session.after_step(loss, rate)
     session.stop_if_asked()
 

@@ -1,4 +1,4 @@
-"""What happens to a batch of pixels on the device: colour jitter and normalisation."""
+"""What happens to a batch of pixels on the device: colour jitter, normalisation and mixup."""
 
 import functools
 
@@ -41,6 +41,25 @@ def color_jitter(images, factors):
     images = (images.float() * brightness).clamp_(0, 255)
     images = torch.lerp(_gray(images).mean(dim=(2, 3), keepdim=True), images, contrast).clamp_(0, 255)
     return torch.lerp(_gray(images), images, saturation).clamp_(0, 255)
+
+
+def mixup_share(alpha, *, seed, step, number):
+    """The share of the other image in micro-batch `number` (over all ranks) of optimizer step `step` of a run.
+
+    min(z, 1 - z) of z ~ Beta(alpha, alpha), a float in [0, 0.5], which depends on (seed, step, number) alone: the
+    greater part stays the image's own, as in Composer's MixUp.
+    """
+    share = np.random.default_rng([seed, step, number]).beta(alpha, alpha)
+    return float(min(share, 1 - share))
+
+
+def mixup(pixels, share):
+    """`share` of each image's left neighbour in the micro-batch, 1 - share of its own (Zhang et al. 2018, 1710.09412).
+
+    pixels: float [n, 3, H, W]; returns the same shape and memory format. The neighbour is as random as any other:
+    the order of an epoch is shuffled.
+    """
+    return torch.lerp(pixels, torch.cat([pixels[-1:], pixels[:-1]]), share)
 
 
 def _gray(images):

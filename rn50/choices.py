@@ -102,15 +102,19 @@ def _step_rate(learner, accumulation, px, micro_batch, seconds):
     batches = itertools.repeat((pixels.permute(0, 3, 1, 2).to(learner.device), labels, np.arange(micro_batch)))
     learner.train()
 
-    def lap(at_least):
+    def lap(at_least, step=0):
+        """Seconds of optimizer step `step`, made again and again."""
         started, steps = time.perf_counter(), 0
         while not steps or time.perf_counter() - started < at_least:
-            loss = learner.step(batches, accumulation=accumulation, learning_rate=RATE, epoch=0)
+            loss = learner.step(batches, accumulation=accumulation, learning_rate=RATE, epoch=0, step=step)
             steps += 1
         loss.item()  # waits for the GPU
-        spent = time.perf_counter() - started
-        return steps * accumulation * micro_batch / spent, spent
+        return (time.perf_counter() - started) / steps
 
-    _, first = lap(0)
+    first = lap(0)
     lap(seconds / LAPS)
-    return statistics.median(lap(seconds / LAPS)[0] for _ in range(LAPS)), first
+    mean, interval = statistics.median(lap(seconds / LAPS) for _ in range(LAPS)), learner.cfg.training.sam_interval
+    if learner.climbs(interval - 1) and interval > 1:
+        lap(0, interval - 1)
+        mean += (lap(seconds / LAPS, interval - 1) - mean) / interval
+    return accumulation * micro_batch / mean, first

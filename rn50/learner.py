@@ -10,12 +10,12 @@ from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._dynamo.utils import counters
 from torch.nn.parallel import DistributedDataParallel
 
-from rn50.augment import color_jitter, jitter_factors, normalize
+from rn50.augment import color_jitter, jitter_factors, mixup, mixup_share, normalize
 from rn50.ema import EMA
 from rn50.errors import RunError, UsageError
 from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.model import build_model
-from rn50.optimizer import FiniteSteps, build_optimizer, set_learning_rate
+from rn50.optimizer import FiniteSteps, build_optimizer, climbed, set_learning_rate
 from rn50.precision import autocast_dtype, dtype_name
 
 COMPILE_ERRORS = (TorchDynamoException, FailOnRecompileLimitHit)
@@ -52,16 +52,17 @@ class Witness:
 class Learner:
     """Network, EMA, optimizer and scaler of a recipe, at their beginning.
 
-    cfg: the recipe's settings. classes: of the data. device: a torch.device. world_size: ranks; above 1 the process
-    group is there already. total: sums a tensor over all ranks, in place, and returns it.
+    cfg: the recipe's settings. classes: of the data. device: a torch.device. rank, world_size: of this process; where
+    there are several ranks, the process group is there already. total: sums a tensor over all ranks, in place, and
+    returns it.
 
     network: the bare one, so that checkpoints have plain keys; model: the same, compiled and distributed as asked for.
     ema: an EMA or None. autocast: makes the context in which a forward pass runs. precision: its dtype. layout: the
     torch.memory_format of weights and pixels.
     """
 
-    def __init__(self, cfg, *, classes, device, world_size=1, total=lambda tensor: tensor):
-        self.cfg, self.device, self.world_size, self._total = cfg, device, world_size, total
+    def __init__(self, cfg, *, classes, device, rank=0, world_size=1, total=lambda tensor: tensor):
+        self.cfg, self.device, self.rank, self.world_size, self._total = cfg, device, rank, world_size, total
         training = cfg.training
         torch.manual_seed(training.seed)
         network = build_model(
@@ -69,6 +70,7 @@ class Learner:
             num_classes=classes,
             blurpool=cfg.model.blurpool,
             blur_maxpool=cfg.model.blur_maxpool,
+            initialisation=cfg.model.initialisation,
             zero_init_last_bn=cfg.model.zero_init_last_bn,
             log_prior_bias=cfg.model.log_prior_bias,
         )
@@ -77,9 +79,9 @@ class Learner:
         self._witness = Witness()
         first = next(module for module in self.network.modules() if isinstance(module, nn.Conv2d))
         first.register_forward_hook(self._witness)
-        self.model = compiled(self.network) if training.compile else self.network
+        self._local = self.model = compiled(self.network) if training.compile else self.network
         if world_size > 1:
-            self.model = DistributedDataParallel(self.model, device_ids=[device] if device.type == "cuda" else None)
+            self.model = DistributedDataParallel(self._local, device_ids=[device] if device.type == "cuda" else None)
         self.precision = autocast_dtype(training.precision, device)
         enabled = self.precision != torch.float32
         self.autocast = partial(torch.autocast, device.type, dtype=self.precision, enabled=enabled)
@@ -99,38 +101,66 @@ class Learner:
         self.model.train()
         self.finite.remember()
 
-    def step(self, micro_batches, *, accumulation, learning_rate, epoch):
+    def step(self, micro_batches, *, accumulation, learning_rate, epoch, step):
         """One optimizer step over `accumulation` micro-batches; returns its loss.
 
         micro_batches: an iterator of (images uint8 [n, 3, H, W], labels int64 [n], samples int64 [n]); samples are the
-        images' numbers in the file, from which their colours are drawn. The loss is a float64 scalar on the device, in
-        nats: the mean over the images of all ranks, or zero where the step was left out (FiniteSteps).
+        images' numbers in the file, from which their colours are drawn. step: how many came before it in the run, those
+        that were left out included. The loss is a float64 scalar on the device, in nats: the mean over the images of
+        all ranks, or zero where the step was left out (FiniteSteps); where SAM climbs, that of the weights before it.
         """
         set_learning_rate(self.optimizer, learning_rate)
+        climb = self.climbs(step)
         loss = torch.zeros((), dtype=torch.float64, device=self.device)
-        for number in range(1, accumulation + 1):
+        for number in range(accumulation):
             images, labels, samples = next(micro_batches)
             images = self._jitter(images, samples, epoch)
-            with contextlib.nullcontext() if number == accumulation else self._without_reduction():
-                loss += self.forward_backward(images, labels, accumulation)
+            share = self._mixup_share(step, number * self.world_size + self.rank)
+            with contextlib.nullcontext() if number + 1 == accumulation else self._without_reduction():
+                loss += self.forward_backward(images, labels, accumulation, share=share, climb=climb)
         loss = self.finite.step(self._total(loss) / self.world_size)
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema:
             self.ema.update(self.network)
         return loss
 
-    def forward_backward(self, images, labels, accumulation, model=None):
+    def climbs(self, step):
+        """Whether SAM is in optimizer step `step`, a whole number from 0: the last of every sam_interval steps."""
+        training = self.cfg.training
+        return training.sam_rho > 0 and (step + 1) % training.sam_interval == 0
+
+    def forward_backward(self, images, labels, accumulation, *, share=0.0, climb=False, model=None):
         """Gradients of one micro-batch, scaled so that those of a step add up to the mean; returns its loss's share.
 
-        model: in place of the learner's own.
+        share: of each image's neighbour that is mixed into it. climb: take the gradients where SAM climbs to with this
+        micro-batch's own, which no other rank sees, as in Composer. model: in place of the learner's own.
         """
         criterion = binary_cross_entropy if self.cfg.training.loss == "bce" else cross_entropy
+        pixels = normalize(images)
+        if share:
+            pixels = mixup(pixels, share)
         # the loader's are channels_last, and a convolution follows either of pixels and weights
-        pixels = normalize(images).contiguous(memory_format=self.layout)
-        with self.autocast():
-            logits = (model or self.model)(pixels)
-        loss = criterion(logits, labels, smoothing=self.cfg.training.label_smoothing) / accumulation
-        self.scaler.scale(loss).backward()
+        pixels = pixels.contiguous(memory_format=self.layout)
+
+        def loss_of(model):
+            with self.autocast():
+                logits = model(pixels)
+            loss = (1 - share) * criterion(logits, labels, smoothing=self.cfg.training.label_smoothing)
+            if share:
+                # without label smoothing, as in Composer, which smooths first and mixes then
+                loss += share * criterion(logits, labels.roll(1))
+            return loss / accumulation
+
+        if not climb:
+            loss = loss_of(model or self.model)
+            self.scaler.scale(loss).backward()
+            return loss.detach()
+        local = model or self._local
+        parameters = list(local.parameters())
+        loss = loss_of(local)
+        gradients = torch.autograd.grad(self.scaler.scale(loss), parameters)
+        with climbed(parameters, gradients, self.cfg.training.sam_rho):
+            self.scaler.scale(loss_of(model or self.model)).backward()
         return loss.detach()
 
     def planned(self, px):
@@ -148,7 +178,7 @@ class Learner:
         """
         network = copy.deepcopy(self.network).train()  # the own one would count this batch in its BatchNorms
         labels = torch.zeros(images, dtype=torch.int64, device=self.device)
-        self.forward_backward(self._black(images, px), labels, 1, model=network)
+        self.forward_backward(self._black(images, px), labels, 1, climb=self.cfg.training.sam_rho > 0, model=network)
 
     def try_evaluation(self, images, px):
         """A forward pass of `images` black images, as an evaluation makes it."""
@@ -194,6 +224,10 @@ class Learner:
         if not any(strengths.values()):
             return images
         return color_jitter(images, jitter_factors(samples, **strengths, seed=self.cfg.training.seed, epoch=epoch))
+
+    def _mixup_share(self, step, number):
+        training = self.cfg.training
+        return mixup_share(training.mixup, seed=training.seed, step=step, number=number) if training.mixup else 0.0
 
     def _without_reduction(self):
         """DDP adds up gradients over the ranks in the last micro-batch of a step only."""

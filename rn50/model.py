@@ -1,4 +1,4 @@
-"""torchvision's ResNets with what the recipes ask for: BlurPool, zero last BatchNorm gammas, a prior in the head."""
+"""torchvision's ResNets with what the recipes ask for: BlurPool, and how the weights start."""
 
 import math
 
@@ -8,12 +8,23 @@ from torch import nn
 from torchvision import models
 
 ARCHITECTURES = ("resnet18", "resnet34", "resnet50", "resnet101")
+INITIALISATIONS = ("torchvision", "composer")
 
 
-def build_model(*, arch, num_classes, blurpool=False, blur_maxpool=False, zero_init_last_bn=True, log_prior_bias=False):
+def build_model(
+    *,
+    arch,
+    num_classes,
+    blurpool=False,
+    blur_maxpool=False,
+    initialisation="torchvision",
+    zero_init_last_bn=True,
+    log_prior_bias=False,
+):
     """A randomly initialised ResNet taking float images [N, 3, H, W] and giving logits [N, num_classes].
 
-    Convolutions keep torchvision's He initialisation (fan out). `blurpool` low-passes the input of every
+    `initialisation`: `torchvision` (convolutions He normal, fan out; BatchNorm's gammas one) or `composer`, see
+    `composer_initialisation`. `blurpool` low-passes the input of every
     strided convolution with at least 16 input channels, as ffcv-imagenet does; `blur_maxpool` also the
     stem's max-pool, as MosaicML's recipes do. Parameter names follow ffcv-imagenet: a blurred
     convolution's weight is `….conv.weight`. `log_prior_bias` starts the classifier's bias at -ln(num_classes), so
@@ -25,9 +36,24 @@ def build_model(*, arch, num_classes, blurpool=False, blur_maxpool=False, zero_i
         _blur_strided_convolutions(model)
     if blur_maxpool:
         model.maxpool = BlurMaxPool2d(model.maxpool)
+    if initialisation == "composer":
+        model.apply(composer_initialisation)
     if log_prior_bias:
         nn.init.constant_(model.fc.bias, -math.log(num_classes))
     return model
+
+
+def composer_initialisation(module):
+    """What MosaicML's recipes start from: KAIMING_NORMAL and BN_UNIFORM of composer 0.7.1, models/initializers.py.
+
+    Convolution and linear weights He normal, fan in (standard deviation sqrt(2 / inputs)); BatchNorm's gammas uniform
+    in [0, 1), betas zero. Its LINEAR_LOG_CONSTANT_BIAS is build_model's `log_prior_bias`.
+    """
+    if isinstance(module, nn.Conv2d | nn.Linear):
+        nn.init.kaiming_normal_(module.weight)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.uniform_(module.weight)
+        nn.init.zeros_(module.bias)
 
 
 class BlurConv2d(nn.Module):

@@ -1,4 +1,6 @@
-"""SGD whose weight decay is decided by module type, never by parameter name."""
+"""SGD whose weight decay is decided by module type, never by parameter name, and SAM's climb before a step."""
+
+import contextlib
 
 import torch
 from torch import nn
@@ -41,6 +43,26 @@ def set_learning_rate(optimizer, learning_rate):
     """Give every parameter group the same learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+@contextlib.contextmanager
+def climbed(parameters, gradients, rho):
+    """Inside, `parameters` are rho farther along `gradients`; after it they are what they were, bit for bit.
+
+    rho: the Euclidean length of the move over all parameters together. That is the ascent of SAM, sharpness-aware
+    minimization (Foret et al. 2021, arXiv 2010.01412). A factor on the gradients, such as a loss scale, changes
+    nothing; a gradient that is not finite makes weights that are not, and so whatever is computed with them.
+    """
+    with torch.no_grad():
+        before = [parameter.clone() for parameter in parameters]
+        # the small number as in Composer: gradients that are all zero move nothing
+        scale = rho / (torch.nn.utils.get_total_norm(gradients) + 1e-12)
+        torch._foreach_add_(parameters, torch._foreach_mul(gradients, scale))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(parameters, before)
 
 
 class FiniteSteps:

@@ -5,13 +5,16 @@ from fastargs import Config, Param, Section
 from rn50 import config, schedules
 from rn50.config import choice, either, number, numbers, switch, text, whole
 from rn50.errors import UsageError
-from rn50.model import ARCHITECTURES
+from rn50.model import ARCHITECTURES, INITIALISATIONS
 
 SETTINGS = Config()
 Section("model", "Network", SETTINGS).params(
     arch=Param(choice(*ARCHITECTURES), "torchvision architecture", default="resnet50"),
     blurpool=Param(switch(), "low-pass filter before strided convolutions", default=False),
     blur_maxpool=Param(switch(), "low-pass filter in the max-pool too", default=False),
+    initialisation=Param(
+        choice(*INITIALISATIONS), "of the weights, as the library of that name", default="torchvision"
+    ),
     zero_init_last_bn=Param(switch(), "residual branches start at zero", default=True),
     log_prior_bias=Param(switch(), "classifier's bias starts at -ln(classes); for loss=bce", default=False),
     ema_half_life=Param(number(0), "steps in which EMA forgets half; 0: no EMA", default=0),
@@ -26,6 +29,9 @@ Section("training", "Optimisation", SETTINGS).params(
     decay=Param(choice("weights", "all"), "what decays: conv and linear weights, or everything", default="weights"),
     loss=Param(choice("cross_entropy", "bce"), "softmax, or a sigmoid for each class", default="cross_entropy"),
     label_smoothing=Param(number(0, 1), "label smoothing", default=0.1),
+    mixup=Param(number(0), "alpha of its Beta distribution; 0: no mixup", default=0),
+    sam_rho=Param(number(0), "radius of sharpness-aware minimization; 0: none", default=0),
+    sam_interval=Param(whole(1), "optimizer steps from one with SAM to the next", default=10),
     precision=Param(choice("auto", "bf16", "fp16", "fp32"), "autocast type; auto: best of the device", default="auto"),
     channels_last=Param(switch(), "NHWC memory format", default=True),
     compile=Param(switch(), "torch.compile", default=False),
@@ -118,6 +124,10 @@ def check(cfg):
     scale = cfg.data.crop_scale
     if len(scale) != 2 or scale[0] > scale[1]:
         raise UsageError(f"data.crop_scale must be two shares of the area, the smaller first, not {scale}")
+    if cfg.model.initialisation == "composer" and cfg.model.zero_init_last_bn:
+        raise UsageError(
+            "model.initialisation=composer draws the gammas that model.zero_init_last_bn=true sets to zero: say which"
+        )
     if training.nesterov and not training.momentum:
         raise UsageError("training.nesterov needs training.momentum above 0")
     if training.checkpoint and not training.eval_only:

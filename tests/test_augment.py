@@ -1,4 +1,4 @@
-"""Colour jitter and normalisation against torchvision's functions."""
+"""Colour jitter and normalisation against torchvision's functions; mixup against its definition."""
 
 import numpy as np
 import pytest
@@ -54,3 +54,28 @@ def test_factors_depend_on_seed_epoch_and_sample_alone():
 
 def test_factors_of_one_change_nothing(images):
     torch.testing.assert_close(augment.color_jitter(images, torch.ones(4, 3)), images.float())
+
+
+def test_mixup_shares_follow_the_folded_beta_distribution_and_each_position_has_its_own():
+    drawn = np.array([augment.mixup_share(0.2, seed=0, step=k // 4, number=k % 4) for k in range(8000)])
+    assert 0 <= drawn.min() < drawn.max() <= 0.5
+    # Beta(0.2, 0.2) folded at a half: mean and quantiles of 10^7 draws of torch's Beta in the same way
+    assert drawn.mean() == pytest.approx(0.1012, abs=0.004)
+    assert np.quantile(drawn, [0.5, 0.75, 0.9]) == pytest.approx([0.0238, 0.1634, 0.3473], abs=0.02)
+    assert len(np.unique(drawn)) > 7900
+    first = augment.mixup_share(0.2, seed=0, step=7, number=3)
+    assert first == augment.mixup_share(0.2, seed=0, step=7, number=3) == drawn[31]
+    others = [
+        {"seed": 1, "step": 7, "number": 3},
+        {"seed": 0, "step": 8, "number": 3},
+        {"seed": 0, "step": 7, "number": 4},
+    ]
+    assert first not in [augment.mixup_share(0.2, **other) for other in others]
+
+
+def test_mixup_adds_the_left_neighbour_and_keeps_the_memory_format(images):
+    pixels = augment.normalize(images)
+    mixed = augment.mixup(pixels, 0.3)
+    for position in range(4):
+        torch.testing.assert_close(mixed[position], 0.7 * pixels[position] + 0.3 * pixels[(position - 1) % 4])
+    assert mixed.is_contiguous(memory_format=torch.channels_last)

@@ -53,7 +53,7 @@ def micro_batches(device, count=1, px=64, images=16):
 
 def steps(made, count, px=64):
     batches = micro_batches(made.device, count, px)
-    return [made.step(batches, accumulation=1, learning_rate=0.02, epoch=0).item() for _ in range(count)]
+    return [made.step(batches, accumulation=1, learning_rate=0.02, epoch=0, step=k).item() for k in range(count)]
 
 
 def same(first, second):

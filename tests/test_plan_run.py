@@ -245,11 +245,11 @@ def test_a_micro_batch_is_halved_until_it_fits():
     tried = []
 
     class Small(Learner):
-        def forward_backward(self, images, labels, accumulation, model=None):
+        def forward_backward(self, images, labels, accumulation, **given):
             tried.append(len(images))
             if len(images) > 8:
                 raise torch.cuda.OutOfMemoryError
-            return super().forward_backward(images, labels, accumulation, model)
+            return super().forward_backward(images, labels, accumulation, **given)
 
     cfg = load([f"--config-file={DEMO[0]}", *DEMO[1:], "--data.dir=betons"])
     assert preflight.largest_micro_batch(Small(cfg, classes=10, device=torch.device("cpu")), 32, 32) == 8

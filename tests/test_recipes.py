@@ -152,6 +152,35 @@ def test_what_decays_differs_from_ffcvs_name_match_by_what_the_header_says(blurr
     assert sum(parameter.numel() for parameter in plain["params"]) == 53_120 + 1_000
 
 
+def test_composers_initialisation_is_by_fan_in_with_uniform_gammas():
+    """KAIMING_NORMAL, BN_UNIFORM and LINEAR_LOG_CONSTANT_BIAS by their formulas, and kaiming's own draws by seed."""
+    torch.manual_seed(3)
+    network = build_model(
+        arch="resnet50",
+        num_classes=1000,
+        blurpool=True,
+        initialisation="composer",
+        zero_init_last_bn=False,
+        log_prior_bias=True,
+    )
+    layers = {n: m for n, m in network.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert len(layers) == 54
+    for name, module in layers.items():
+        weight = module.weight
+        deviation = math.sqrt(2 / weight[0].numel())  # inputs of one output
+        assert weight.std().item() == pytest.approx(deviation, rel=0.05), name
+        assert abs(weight.mean().item()) < 5 * deviation / math.sqrt(weight.numel()), name
+        # normal, not uniform: beyond two deviations are 4.55 %
+        assert (weight.abs() > 2 * deviation).float().mean().item() == pytest.approx(0.0455, abs=0.01), name
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    gammas = torch.cat([m.weight for m in norms])
+    assert all((m.bias == 0).all() for m in norms)
+    assert 0 <= gammas.min() < 0.001
+    assert 0.999 < gammas.max() < 1
+    assert torch.histc(gammas, 10, 0, 1).div(len(gammas)).tolist() == pytest.approx([0.1] * 10, abs=0.01)
+    torch.testing.assert_close(network.fc.bias, torch.full((1000,), -math.log(1000)))
+
+
 def test_initial_statistics(blurred):
     convolutions = {n: m for n, m in blurred.named_modules() if isinstance(m, nn.Conv2d)}
     assert len(convolutions) == 53

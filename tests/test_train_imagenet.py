@@ -405,7 +405,7 @@ def test_a_step_takes_its_micro_batches_and_moves_weights_and_average():
     before = copy.deepcopy(made.state())
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     micro_batches = iter([(images, torch.arange(4) % 3, np.arange(4))] * 3)
-    loss = made.step(micro_batches, accumulation=2, learning_rate=0.1, epoch=0)
+    loss = made.step(micro_batches, accumulation=2, learning_rate=0.1, epoch=0, step=0)
     assert len(list(micro_batches)) == 1
     assert loss.dtype == torch.float64
     assert 0.5 < loss < 5

@@ -184,7 +184,10 @@ def largest_micro_batch(learner, micro, px):
             images = torch.zeros(micro, 3, px, px, dtype=torch.uint8, device=learner.device)
             labels = torch.zeros(micro, dtype=torch.int64, device=learner.device)
             learner.train()
-            learner.step(iter([(images, labels, np.arange(micro))]), accumulation=1, learning_rate=RATE, epoch=0)
+            batch = images, labels, np.arange(micro)
+            # the last before another interval of SAM begins, if there is SAM: the largest that a run has
+            last = learner.cfg.training.sam_interval - 1
+            learner.step(iter([batch]), accumulation=1, learning_rate=RATE, epoch=0, step=last)
             finish(learner.device)
             return micro
         except torch.cuda.OutOfMemoryError:
@@ -231,11 +234,14 @@ def measure(loader, learner, cfg, px, micro, seconds):
     accumulation = max(1, cfg.training.batch_size // micro)
     learner.train()
 
+    steps = itertools.count()
+
     def train(micro_batches):
-        learner.step(micro_batches, accumulation=accumulation, learning_rate=RATE, epoch=0)
+        learner.step(micro_batches, accumulation=accumulation, learning_rate=RATE, epoch=0, step=next(steps))
 
     alone, _ = timed(loader, cfg, learner.device, px, next, micro, seconds)
-    training, waiting = timed(loader, cfg, learner.device, px, train, micro, seconds)
+    whole = cfg.training.sam_interval if cfg.training.sam_rho else 1
+    training, waiting = timed(loader, cfg, learner.device, px, train, micro, seconds, whole=whole)
     return {
         "loader_images_per_second": round(alone, 1),
         "training_images_per_second": round(training, 1),
@@ -244,8 +250,11 @@ def measure(loader, learner, cfg, px, micro, seconds):
     }
 
 
-def timed(loader, cfg, device, px, step, micro, seconds):
-    """(images/s, share of waiting) of step(micro-batches), each time it returns, for `seconds` after a warm-up."""
+def timed(loader, cfg, device, px, step, micro, seconds, whole=1):
+    """(images/s, share of waiting) of step(micro-batches), each time it returns, for `seconds` after a warm-up.
+
+    whole: the number of steps is a multiple of it.
+    """
     kind = loaders.choose_order(loader.info, cfg.data.order)
     if kind == "page":
         # what a run reads from disk must not come from memory here
@@ -274,7 +283,8 @@ def timed(loader, cfg, device, px, step, micro, seconds):
         waiting.lap()
         started, images = time.perf_counter(), 0
         while time.perf_counter() - started <= seconds:
-            step(endless)
+            for _ in range(whole):
+                step(endless)
         finish(device)
         spent = time.perf_counter() - started
         return images / spent, min(1.0, waiting.lap() / spent)

@@ -106,7 +106,7 @@ def training(batch, size):
     micro_batch = images, torch.arange(batch), np.arange(batch)
 
     def train():
-        learner.step(iter([micro_batch]), accumulation=1, learning_rate=0.1, epoch=0)
+        learner.step(iter([micro_batch]), accumulation=1, learning_rate=0.1, epoch=0, step=0)
 
     return train, lambda: learner.state() | {"step": 0}
 

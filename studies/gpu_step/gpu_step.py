@@ -112,7 +112,7 @@ def ours(*settings, change=None, accumulation=1):
 
         def step(images, labels):
             batches = iter([(images, labels, samples)] * accumulation)
-            learner.step(batches, accumulation=accumulation, learning_rate=RATE, epoch=0)
+            learner.step(batches, accumulation=accumulation, learning_rate=RATE, epoch=0, step=0)
 
         return Candidate(
             step,
