@@ -51,8 +51,8 @@ Section("lr", "Learning rate", SETTINGS).params(
 Section("resolution", "Progressive resizing of the training crops", SETTINGS).params(
     start=Param(whole(16), "px until start_ramp", default=224),
     end=Param(whole(16), "px from end_ramp on", default=224),
-    start_ramp=Param(whole(0), "epoch", default=0),
-    end_ramp=Param(whole(0), "epoch", default=0),
+    start_ramp=Param(number(0), "epoch", default=0),
+    end_ramp=Param(number(0), "epoch", default=0),
     multiple=Param(whole(1), "round to this many px", default=32),
 )
 Section("data", "Betons, loading and augmentation", SETTINGS).params(
@@ -107,11 +107,11 @@ def check(cfg):
     resolution, lr, training = cfg.resolution, cfg.lr, cfg.training
     if resolution.start_ramp > resolution.end_ramp:
         raise UsageError(
-            f"resolution.start_ramp={resolution.start_ramp} is after resolution.end_ramp={resolution.end_ramp}"
+            f"resolution.start_ramp={resolution.start_ramp:g} is after resolution.end_ramp={resolution.end_ramp:g}"
         )
     if resolution.end_ramp >= training.epochs and resolution.start != resolution.end:
         raise UsageError(
-            f"resolution.end_ramp={resolution.end_ramp} is not before the last of training.epochs={training.epochs}: "
+            f"resolution.end_ramp={resolution.end_ramp:g} is not before the last of training.epochs={training.epochs}: "
             f"no epoch would train at resolution.end={resolution.end}"
         )
     if lr.warmup_epochs >= training.epochs:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from rn50 import recipe
+from rn50 import config, recipe
 from rn50.data.order import steps_per_epoch
 from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.model import build_model
@@ -19,6 +19,8 @@ from tests.test_train_imagenet import load
 IMAGENET_IMAGES = 1_281_167
 FFCV_EPOCHS = (16, 24, 32, 40, 56, 88)
 FFCV_STEPS = 312
+MILD = ["rn50_mild_28", "rn50_mild_36", "rn50_mild_60"]
+MEDIUM = ["rn50_medium_67", "rn50_medium_135", "rn50_78"]
 RECIPES = sorted(path.stem for path in (ROOT / "rn50_configs").glob("rn50_*.yaml"))
 
 
@@ -38,7 +40,7 @@ def ffcv_log(epochs):
 
 def test_the_family_is_complete():
     family = [f"rn50_{epochs}_epochs" for epochs in FFCV_EPOCHS] + ["rn50_baseline_90_cosine", "rn50_baseline_90_step"]
-    assert sorted([*family, "rn50_mild_36", "rn50_mild_60", "rn50_78"]) == RECIPES
+    assert sorted([*family, *MILD, *MEDIUM]) == RECIPES
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -70,17 +72,15 @@ def test_the_resolution_switches_in_the_epoch_in_which_ffcvs_log_slows_down(epoc
     assert [recipe.resolution(cfg, epoch) for epoch in range(epochs)] == published
 
 
-@pytest.mark.parametrize("name", ["rn50_mild_36", "rn50_mild_60", "rn50_78"])
-def test_mild_recipes_follow_mosaicmls_formulas(name):
+@pytest.mark.parametrize("name", [*MILD, *MEDIUM])
+def test_mild_and_medium_follow_mosaicmls_formulas(name):
     cfg = config_of(name)
     epochs = cfg.training.epochs
     for epoch in range(epochs):
-        progress = min(max((epoch / epochs - 0.4) / 0.4, 0), 1)
-        exact = 176 * (0.5 + 0.5 * progress)
-        ours = recipe.resolution(cfg, epoch)
-        assert ours % 4 == 0
-        # where the ramp's ends are whole epochs the same, else nearly: 40 % of 36 epochs is 14.4
-        assert abs(ours - exact) <= (2 if epochs % 5 == 0 else 5), epoch
+        # composer 0.7.1's progressive_resizing.py, with what it takes for the elapsed time: whole epochs
+        elapsed, delay, finetune = epoch / epochs, 0.4, 0.2
+        ramp = min((elapsed - delay) / (1 - finetune - delay), 1) if elapsed >= delay else 0.0
+        assert recipe.resolution(cfg, epoch) == round(176 * (0.5 + 0.5 * ramp) / 4) * 4, epoch
         if epoch >= 8:
             assert recipe.learning_rate(cfg, epoch) == pytest.approx(
                 2.048 * (1 + math.cos(math.pi * (epoch - 8) / (epochs - 8))) / 2
@@ -89,7 +89,23 @@ def test_mild_recipes_follow_mosaicmls_formulas(name):
     assert round(224 / cfg.validation.crop_ratio) == 232
 
 
-@pytest.mark.parametrize("name", ["rn50_mild_36", "rn50_mild_60", "rn50_78"])
+@pytest.mark.parametrize("name", MEDIUM)
+def test_medium_is_mild_with_what_its_file_adds(name):
+    mild, medium = (config.to_dict(config_of(one)) for one in ("rn50_mild_60", name))
+    changed = {
+        f"{section}.{key}": medium[section][key]
+        for section in ("model", "training", "lr", "data")
+        for key in medium[section]
+        if medium[section][key] != mild[section][key]
+    }
+    del changed["training.epochs"]
+    added = {"training.mixup": 0.2, "training.sam_rho": 0.5}
+    assert changed == added | {"training.label_smoothing": 0.1}
+    assert medium["training"]["sam_interval"] == 10
+    assert (mild["model"]["initialisation"], mild["training"]["label_smoothing"]) == ("composer", 0.08)
+
+
+@pytest.mark.parametrize("name", ["rn50_mild_60", "rn50_78"])
 def test_coupled_decay_pulls_as_hard_as_mosaicmls_decoupled_one(name):
     training = config_of(name).training
     layer = nn.Linear(1, 1, bias=False)

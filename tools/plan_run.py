@@ -17,7 +17,7 @@ import yaml
 from rn50.command import run
 from rn50.errors import RunError, UsageError
 from rn50.files import read_rows, write_result
-from rn50.planning import costs, projection, speeds
+from rn50.planning import costs, projection, speeds, top1
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIDENT = 0.9
@@ -42,9 +42,13 @@ def main(argv=None):
         for machine in candidates
         for recipe in recipes
     ]
+    add_acceptance(rows)
     rows = ranked(rows, args.budget)
     explain_p3(rows)
-    print("\n".join([*report(rows, args), *check_lines(table, fitted, loader, checked, spread)]))
+    lines = [*report(table, rows, args), *check_lines(table, fitted, loader, checked, spread)]
+    print("\n".join(lines))
+    if args.elsewhere:
+        print("\n".join(elsewhere(table, fitted, loader, spread, rows[0]["recipe"], args)))
     if args.json:
         write_result(args.json, json.dumps(rows, indent=1) + "\n")
     if args.png:
@@ -66,13 +70,31 @@ def measured_machine(path):
         raise RunError(f"{path} is not what tools/preflight.py writes ({error})") from None
 
 
+def add_acceptance(rows):
+    """Give each row `both`: what it and the acceptance run before it cost together, on the same machine, or None."""
+    first = {row["instance"]: row for row in rows if row["recipe"] == top1.ACCEPTANCE}
+    for row in rows:
+        before = first.get(row["instance"]) if row["probability_after_acceptance"] is not None else None
+        sums = ("hours", "dollars", "dollars_low", "dollars_high")
+        row["both"] = {key: round(row[key] + before[key], 2) for key in sums} if before else None
+
+
+def total(row):
+    """Hours and dollars of all that a row's plan has: with the acceptance run, where there is one."""
+    return row["both"] or row
+
+
+def chance(row):
+    """P of the target, once there has been what comes before."""
+    return row["probability_after_acceptance"] if row["both"] else row["probability_of_target"]
+
+
 def ranked(rows, budget):
     """First what reaches the target and stays within the budget, cheapest first; then what is likeliest to."""
 
     def key(row):
-        sure, affordable = row["probability_of_target"] >= CONFIDENT, row["dollars_high"] <= budget
-        if sure:
-            return too_old(row), not affordable, row["dollars"]
+        if chance(row) >= CONFIDENT:
+            return too_old(row), total(row)["dollars_high"] > budget, total(row)["dollars"]
         return too_old(row), 2, -row["top1"], row["dollars"]
 
     return sorted(rows, key=key)
@@ -97,11 +119,12 @@ def too_old(row):
     return row["instance"].startswith("p3.")
 
 
-def report(rows, args):
+def report(table, rows, args):
     """The lines of the terminal: the recommendation first."""
     yield recommendation(rows, args)
     yield f"{basis(args)}. Ranges hold 80 %."
     yield ""
+    yield from two_stages(table, rows, args)
     best = rows[0]
     machines = [row for row in rows if row["recipe"] == best["recipe"]]
     recipes = [row for row in rows if row["instance"] == best["instance"]]
@@ -113,7 +136,8 @@ def report(rows, args):
     yield from table_lines(recipes, args)
     yield ""
     yield "hours +-: how far published runs were from such projections, see below. top-1: %, 224 px, single view."
-    yield "dollars: set-up, staging, training, evaluation, a month of betons on S3; making them is not in it ($6 once)."
+    yield "P after: P(>= target) after an acceptance run of 75.8 % or more, whose hours and dollars are not in the row."
+    yield "dollars: set-up, staging, training, evaluation. Not in it: making the betons ($6 once), S3 ($3 a month)."
     yield "limit: what sets the pace; memory: the recipe's micro-batch may not fit the GPU."
     yield f"Basis of {best['recipe']} on {best['instance']}: {best['basis']}."
     yield ""
@@ -131,45 +155,121 @@ def priced(args):
 def table_lines(rows, args):
     yield (
         f"{'instance':<14}{'recipe':<24}{'hours':>6}{'+-':>5}{'dollars':>9}{'range':>11}{'top-1':>7}{'range':>14}"
-        f"{f'P(>={args.target:g})':>8}  {'limit':<7}notes"
+        f"{f'P(>={args.target:g})':>8}{'P after':>8}  {'limit':<7}notes"
     )
     for row in rows:
-        money = f"{row['dollars_low']:.0f} to {row['dollars_high']:.0f}"
-        top1 = f"{row['top1_low']:.1f} to {row['top1_high']:.1f}"
+        dollars = f"{row['dollars_low']:.0f} to {row['dollars_high']:.0f}"
+        top1s = f"{row['top1_low']:.1f} to {row['top1_high']:.1f}"
+        after = f"{row['probability_after_acceptance']:.2f}" if row["both"] else ""
         yield (
             f"{row['instance']:<14}{row['recipe']:<24}{row['hours']:>6.1f}{row['hours_error']:>5.0%}"
-            f"{row['dollars']:>9.2f}{money:>11}{row['top1']:>7.2f}{top1:>14}{row['probability_of_target']:>8.2f}  "
-            f"{row['limited_by']:<7}{row['notes']}"
+            f"{row['dollars']:>9.2f}{dollars:>11}{row['top1']:>7.2f}{top1s:>14}{row['probability_of_target']:>8.2f}"
+            f"{after:>8}  {row['limited_by']:<7}{row['notes']}"
         ).rstrip()
 
 
+def money(row):
+    return f"${row['dollars']:.0f} (${row['dollars_low']:.0f} to ${row['dollars_high']:.0f})"
+
+
 def recommendation(rows, args):
-    best = rows[0]
+    best, limit = rows[0], f"${args.budget:g}"
     if too_old(best):
         return f"Not on {best['instance']}: {best['notes']}."
+    place = f"on {best['instance']} ({priced(args)})"
+    stages = f"in two stages, {top1.ACCEPTANCE} and {best['recipe']}" if best["both"] else best["recipe"]
+    odds = f"P(>= {args.target:g}) = {chance(best):.2f}" + (" after a passed first stage" if best["both"] else "")
     run = (
-        f"{best['recipe']} on {best['instance']} ({priced(args)}): about {best['hours']:.0f} h and "
-        f"${best['dollars']:.0f} (${best['dollars_low']:.0f} to ${best['dollars_high']:.0f}), expected top-1 "
-        f"{best['top1']:.1f} % ({best['top1_low']:.1f} to {best['top1_high']:.1f}), P(>= {args.target:g}) = "
-        f"{best['probability_of_target']:.2f}."
+        f"{stages} {place}: about {total(best)['hours']:.0f} h and {money(total(best))}, expected top-1 "
+        f"{best['top1']:.1f} % ({best['top1_low']:.1f} to {best['top1_high']:.1f}), {odds}."
     )
-    if best["probability_of_target"] >= CONFIDENT and best["dollars_high"] <= args.budget:
+    sure, fits = chance(best) >= CONFIDENT, total(best)["dollars_high"] <= args.budget
+    if sure and fits:
         then = "" if args.preflight else " Run tools/preflight.py there before you pay for the rest."
         return f"Recommended: {run}{then}"
-    if best["probability_of_target"] < CONFIDENT:
+    if not sure:
         verdict = f"No recipe here reaches {args.target:g} % with confidence; the likeliest is {run}"
     else:
-        over = "its range reaches beyond" if best["dollars"] <= args.budget else "it costs more than"
-        verdict = f"${args.budget:g} is not safe for {args.target:g} %: {over} that with {run}"
-    affordable = [row for row in rows if row["dollars_high"] <= args.budget and not too_old(row)]
+        over = "its range reaches beyond" if total(best)["dollars"] <= args.budget else "it costs more than"
+        verdict = f"{limit} is not safe for {args.target:g} %: {over} that {run}"
+    if not (args.spot or args.preflight):
+        verdict += " Spot machines cost less: see --spot."
+    affordable = [row for row in rows if total(row)["dollars_high"] <= args.budget and not too_old(row)]
     if not affordable:
-        return f"{verdict} Nothing else here fits ${args.budget:g} either."
-    fit = max(affordable, key=lambda row: (row["top1"], -row["dollars"]))
+        return f"{verdict} Nothing else here fits {limit} either."
+    fit = max(affordable, key=lambda row: (chance(row), row["top1"], -row["dollars"]))
+    first = f"{top1.ACCEPTANCE} and " if fit["both"] else ""
     return (
-        f"{verdict} The most that ${args.budget:g} surely buys: {fit['recipe']} on {fit['instance']}, "
-        f"${fit['dollars']:.0f} (${fit['dollars_low']:.0f} to ${fit['dollars_high']:.0f}), "
-        f"{fit['top1']:.1f} % expected, P(>= {args.target:g}) = {fit['probability_of_target']:.2f}."
+        f"{verdict} The most that {limit} surely buys: {first}{fit['recipe']} on {fit['instance']}, "
+        f"{money(total(fit))}, {fit['top1']:.1f} % expected, P(>= {args.target:g}) = {chance(fit):.2f}."
     )
+
+
+def two_stages(table, rows, args):
+    """The plan of the best row: what comes first, when to go on, what it all rests on."""
+    best = rows[0]
+    if not best["both"] or too_old(best):
+        return
+    (first,) = [row for row in rows if (row["recipe"], row["instance"]) == (top1.ACCEPTANCE, best["instance"])]
+    family, epochs = table.recipe[best["recipe"]]["schedule"], len(costs.read_recipe(path_of(best)).resolutions)
+    expected = top1.outlook(table, family, epochs)
+    passes, _ = top1.acceptance(table, expected, args.target)
+    reaches = f"P(>= {args.target:g})"
+    yield f"The plan, on one {best['instance']}, {priced(args)}:"
+    yield (
+        f"  1. {first['recipe']}: {first['hours']:.0f} h, {money(first)}. Published: 76.19 %; expected here: "
+        f"{first['top1']:.1f} %."
+    )
+    yield f"     Go on at {top1.ACCEPTED} % or more: P = {passes:.2f}. Below, find out why first."
+    yield (
+        f"  2. {best['recipe']}: {best['hours']:.0f} h, {money(best)}. Expected: {best['top1']:.1f} % "
+        f"({best['top1_low']:.1f} to {best['top1_high']:.1f})."
+    )
+    yield (
+        f"     {reaches} = {chance(best):.2f} after a passed first stage, {best['probability_of_target']:.2f} before "
+        "anything is known."
+    )
+    yield f"  Both: {best['both']['hours']:.0f} h, {money(best['both'])}."
+    here = [row for row in rows if row["instance"] == best["instance"]]
+    enough = [row for row in here if row["probability_of_target"] >= CONFIDENT]
+    within = [row for row in here if row["dollars"] <= args.budget]
+    if within and not any(row in within for row in enough):
+        likeliest = max(within, key=lambda row: row["probability_of_target"])
+        known = [likeliest, *sorted(enough, key=lambda row: row["dollars"])[:1]]
+        odds = ", ".join(f"{r['recipe']} has {r['probability_of_target']:.2f} for ${r['dollars']:.0f}" for r in known)
+        yield f"  Without the first stage no recipe here has {CONFIDENT:g} for ${args.budget:g} or less: {odds}."
+    yield ""
+    yield f"What {reaches} of {best['recipe']} rests on, and what it would be were one thing otherwise"
+    yield f"{'':<60}{'P after':>8}{'before':>8}"
+    for name, after, before in top1.sensitivity(table, family, epochs, args.target):
+        yield f"  {name:<58}{after:>8.2f}{before:>8.2f}"
+    yield f"  {'the first stage says nothing about the second':<58}{expected.probability(args.target):>8.2f}"
+    yield (
+        f"  Repeats by others: {expected.bias:+.2f} points on average, {expected.spread:.2f} to expect all in all; "
+        "sources in costs.csv."
+    )
+    yield ""
+
+
+def path_of(row):
+    return costs.CONFIGS / f"{row['recipe']}.yaml"
+
+
+def elsewhere(table, fitted, loader, spread, name, args):
+    """The best recipe on machines that are not EC2's."""
+    yield ""
+    yield f"{name} elsewhere (tools/ does not launch there; betons must be brought)"
+    recipe = costs.read_recipe(costs.CONFIGS / f"{name}.yaml")
+    rows = [
+        projection.project(table, fitted, loader, spread, recipe, machine, args.target)
+        for machine in costs.places(table)
+    ]
+    yield f"{'place':<42}{'$/h':>7}{'hours':>7}{'+-':>5}  dollars"
+    for row, machine in sorted(zip(rows, costs.places(table), strict=True), key=lambda pair: pair[0]["dollars"]):
+        yield (
+            f"{row['instance']:<42}{machine.dollars_per_hour:>7.2f}{row['hours']:>7.1f}{row['hours_error']:>5.0%}  "
+            f"{money(row):<20}{row['notes']}"
+        ).rstrip()
 
 
 def check_lines(table, fitted, loader, checked, spread):
@@ -195,7 +295,8 @@ def check_lines(table, fitted, loader, checked, spread):
         ).rstrip()
     yield (
         f"typical error: {math.expm1(spread[True]):.0%} on a GPU that other sources measured, "
-        f"{math.expm1(spread[False]):.0%} on one that none did (0: from its memory bandwidth)"
+        f"{math.expm1(spread[False]):.0%} on one that none did (0: from its memory bandwidth); median of the sources: "
+        f"{speeds.median_error(checked):.0%}"
     )
 
 
@@ -242,11 +343,15 @@ def draw(rows, args):
         zorder=3,
         label="cheapest for its accuracy, with 80 % ranges",
     )
-    for name in dict.fromkeys(row["recipe"] for row in rows):
+    height = -math.inf
+    for name in sorted(
+        {row["recipe"] for row in rows}, key=lambda name: next(r["top1"] for r in rows if r["recipe"] == name)
+    ):
         mine = [row for row in rows if row["recipe"] == name]
+        height = max(mine[0]["top1"], height + 0.13)  # so that no name covers another
         axis.annotate(
             name,
-            (max(row["dollars_high" if row in frontier else "dollars"] for row in mine), mine[0]["top1"]),
+            (max(row["dollars_high" if row in frontier else "dollars"] for row in mine), height),
             xytext=(8, -3),
             textcoords="offset points",
             fontsize=9,
@@ -298,23 +403,31 @@ def proposal(rows, args):
     imagenette = read_rows(results / "log.jsonl")[-1]["top1"]
     px = yaml.safe_load((results / "config.yaml").read_text(encoding="utf-8"))["validation"]["headline_resolution"]
     spelled = ", ".join(f"{name} {value:.1f}" for name, value in best["hours_by_part"].items())
+    both, first, odds = total(best), "", f"{chance(best):.2f}"
+    if best["both"]:
+        first = (
+            f" A first stage, `{top1.ACCEPTANCE}`, comes before it: it is published at 76.19 %, and we go on at "
+            f"{top1.ACCEPTED} % or more."
+        )
+        odds += f" after a passed first stage, {best['probability_of_target']:.2f} before it"
     speed = "tools/preflight.py's measurement on it" if args.preflight else "published throughput"
-    asked = max(25, 5 * math.ceil(1.5 * best["dollars_high"] / 5))
+    asked = max(25, 5 * math.ceil(1.5 * both["dollars_high"] / 5))
     return f"""# Request for AWS credits: ResNet-50 on ImageNet to {args.target:g} % top-1
 
 **Goal.** Train ResNet-50 from scratch on ImageNet-1k to at least {args.target:g} % top-1 (224 px, single view, 50,000
 validation images) and publish the code, the log, the cost and the weights.
 
-**Plan.** Recipe `{best["recipe"]}` on one {best["instance"]} ({best["vcpus"]} vCPU, {priced(args)}).
+**Plan.** Recipe `{best["recipe"]}` on one {best["instance"]} ({best["vcpus"]} vCPU, {priced(args)}).{first}
 
 | | projected | range (80 %) |
 |---|---|---|
-| hours, billed | {best["hours"]:.1f} ({spelled}) | +-{best["hours_error"]:.0%} (typical error) |
-| dollars | ${best["dollars"]:.2f} | ${best["dollars_low"]:.2f} to ${best["dollars_high"]:.2f} |
+| hours of `{best["recipe"]}`, billed | {best["hours"]:.1f} ({spelled}) | +-{best["hours_error"]:.0%} (typical error) |
+| hours of all stages | {both["hours"]:.1f} | |
+| dollars of all stages | ${both["dollars"]:.2f} | ${both["dollars_low"]:.2f} to ${both["dollars_high"]:.2f} |
 | top-1, 224 px, single view | {best["top1"]:.2f} % | {best["top1_low"]:.2f} to {best["top1_high"]:.2f} % |
-| P(top-1 >= {args.target:g} %) | {best["probability_of_target"]:.2f} | |
+| P(top-1 >= {args.target:g} %) | {odds} | |
 
-**We ask for ${asked}**: one run at the upper end of its range and half of it again for a rehearsal and a repeat.
+**We ask for ${asked}**: the upper end of that range and half of it again for a rehearsal and a repeat.
 
 **Evidence so far.**
 
@@ -330,8 +443,8 @@ view
 **Risks, and what we do about them.**
 
 - The machine is slower than projected: `tools/preflight.py` measures ten minutes first and says go or no-go.
-- The run goes wrong: it is evaluated after every epoch, says when something looks wrong (docs/recipes.md says what it
-  notices), and we look after the first third.
+- The run goes wrong: it says when something looks wrong (docs/recipes.md says what it notices), and the first stage
+  costs less than a third of the second.
 - It costs more than projected: it writes a checkpoint and stops before its limit in dollars.
 - Interruption: a run continues from its last checkpoint when the command is repeated.
 - The price or quota changes: prices are those of rn50/planning/costs.csv; a quota of {best["vcpus"]} vCPU is needed.
@@ -347,6 +460,7 @@ def arguments(argv):
     parser.add_argument("--instance", help="only this EC2 type, all recipes")
     parser.add_argument("--spot", action="store_true", help="spot prices, where one was seen")
     parser.add_argument("--preflight", metavar="JSON", help="speeds that tools/preflight.py measured, not the table's")
+    parser.add_argument("--elsewhere", action="store_true", help="the best recipe also on machines that are not EC2's")
     parser.add_argument("--json", metavar="OUT", help="all rows as a list")
     parser.add_argument("--png", metavar="OUT", help="dollars against top-1")
     parser.add_argument("--proposal", metavar="OUT.md", help="one page asking for AWS credits")

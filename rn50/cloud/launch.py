@@ -16,6 +16,8 @@ from rn50.errors import RunError, UsageError
 FIRST_BOOT = Path(__file__).with_name("first_boot.sh")
 # The image's own files and toolkits fill most of what its snapshot has.
 ROOT_GIB, ROOM_GIB = 100, 40
+# Of an instance's own disk: a file system takes some, and the run's folder is there too.
+DISK_SHARE = 0.95
 # Setting up compiles ffcv and copies the betons: longer than this, it hangs.
 SETUP_MINUTES = 120
 NO_ROOM = ("InsufficientInstanceCapacity", "SpotMaxPriceTooLow", "Unsupported", "InsufficientFreeAddressesInSubnet")
@@ -89,7 +91,14 @@ def start(aws, args, store, record, config):
             f"the run is projected to cost ${projected:.2f} of a budget of ${record['budget']:.2f}, and the training "
             "would refuse to begin: give a higher --budget, a shorter recipe, or --set budget.allow_overrun=true"
         )
-    betons(aws, cloud.rung_of(record, config))  # a set-up that is paid for would end without them
+    # a set-up that is paid for would end without them, or without room for them
+    gigabytes = sum(betons(aws, cloud.rung_of(record, config)).values()) / 1e9
+    disk = aws.published.disk_gb(record["instance"])
+    if disk and gigabytes > disk * DISK_SHARE:
+        raise RunError(
+            f"the betons of this run take {gigabytes:.3g} GB and {record['instance']} has a disk of {disk:.3g} GB: "
+            "choose another --instance, or one size for all epochs with --set data.rung=400"
+        )
     if not args.yes and input("Type yes to launch: ").strip() != "yes":
         raise RunError("nothing was launched")
     try:

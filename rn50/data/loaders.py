@@ -85,10 +85,26 @@ def validation_rung(rungs, resolution, crop_ratio, *, warn):
 
 
 def choose_order(info, order):
-    """`random` or `page`: as given, or on `auto` by whether the file fits in 60 % of the memory there is."""
-    if order != "auto":
-        return order
-    return "random" if info.bytes <= RANDOM_ORDER_MEMORY_SHARE * memory_bytes() else "page"
+    """`random` or `page`: as given, or on `auto` by whether the file fits in 60 % of the memory there is.
+
+    RunError where it is `page` and the file holds its images class by class.
+    """
+    if order == "auto":
+        order = "random" if info.bytes <= RANDOM_ORDER_MEMORY_SHARE * memory_bytes() else "page"
+    if order == "page" and stored_by_class(info):
+        raise RunError(
+            f"{info.path} holds its images class by class, as stock FFCV writes them: read page by page, a batch would "
+            "see a few classes only. Write it with write_dataset.py, which shuffles; or, where the memory holds "
+            f"{info.bytes / 1e9:.0f} GB, data.order=random"
+        )
+    return order
+
+
+def stored_by_class(info):
+    """Whether most images of a file lie beside one of their own class, where few would in a random order."""
+    labels = info.labels[np.argsort(info.data_ptrs, kind="stable")]
+    by_chance = np.square(np.bincount(labels) / len(labels)).sum()
+    return bool(len(labels) > 1 and by_chance < 1 and (labels[1:] == labels[:-1]).mean() > (1 + by_chance) / 2)
 
 
 def epoch_order(info, order, *, seed, epoch):

@@ -90,10 +90,11 @@ class Guard(Meter):
             **self._counts,
         )
 
-    def refusal(self, *, rung, **machine):
+    def refusal(self, *, ladder, **machine):
         """(why the rest of the schedule should not begin or None, what could not be projected or None).
 
-        rung: px of the training file. machine: gpu_name, gpus, machines, vcpus and memory_gib of `projected_hours`.
+        ladder: {max side: median short side} of the training files, px. machine: gpu_name, gpus, machines, vcpus and
+        memory_gib of `projected_hours`.
         """
         if self.max_dollars is None or self.spent():
             return None, None
@@ -102,9 +103,8 @@ class Guard(Meter):
         if seconds is not None:
             needed, basis = self.cost(seconds), "at the pace of this run so far"
         else:
-            config = self._config | {"data": {"rung": rung}}
             known = self._config["model"]["arch"] == "resnet50"
-            projected = known and projected_hours(costs.recipe_of("this run", config), **machine)
+            projected = known and projected_hours(costs.recipe_of("this run", self._config, ladder), **machine)
             if not projected:
                 unknown = "nothing is known of this network's speed on this machine"
                 return None, f"{unknown}: what it will cost is said as it goes"
@@ -227,8 +227,8 @@ def largest_that_fits(recipes, hours_of, dollars_per_hour, dollars):
         cost = hours_of(recipe) * dollars_per_hour
         if cost <= dollars:
             family = table.recipe[recipe.name]["schedule"]
-            expected, _, _ = top1.expected_top1(table, family, len(recipe.resolutions))
-            fitting.append((expected, -cost, recipe.name))
+            expected = top1.outlook(table, family, len(recipe.resolutions))
+            fitting.append((expected.mean, -cost, recipe.name))
     if not fitting:
         return None
     _, negative, name = max(fitting)

@@ -11,6 +11,8 @@ from rn50 import schedules
 from rn50.errors import RunError, UsageError
 
 TABLE = Path(__file__).with_name("costs.csv")
+# What write_imagenet.yaml makes: {max side: median short side}, px; most of ImageNet's images are 4:3.
+LADDER = {256: 192, 400: 300, 500: 375}
 CONFIGS = Path(__file__).parents[2] / "rn50_configs"
 NUMBERS = ("gpus", "vcpus", "memory_gib", "disk_gb", "value", "low", "high")
 
@@ -20,11 +22,13 @@ class Table:
     """costs.csv by kind: lists of rows, each a dict with numbers as float or None; some kinds by name."""
 
     instance: list
+    place: list
     gpu: dict
     rate: list
     run: list
     excluded: list
     result: list
+    reproduction: list
     recipe: dict
     loader: dict
     constant: dict
@@ -58,12 +62,18 @@ def parse_schedule(text):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What of a recipe decides its time. `resolutions`: px of every epoch; `evaluated`: [(px, views)] over the run."""
+    """What of a recipe decides its time.
+
+    resolutions, rungs: px of the crops and of the files of every epoch. network: which blurs, in costs.csv's words.
+    passes: forward and backward passes for each image, more than 1 with SAM. evaluated: [(px, views)] over the run.
+    """
 
     name: str
     resolutions: list
+    rungs: list
     micro_batch: int
-    rung: int
+    network: str
+    passes: float
     evaluated: list
 
 
@@ -76,14 +86,22 @@ def evaluations(config):
     return [*during, [(px, 2) for px in validation["resolutions"]]]
 
 
-def recipe_of(name, config):
-    """A config, as a nested dict, as a Recipe; KeyError where it lacks a key that its time depends on."""
-    epochs = config["training"]["epochs"]
+def recipe_of(name, config, ladder=LADDER):
+    """A config, as a nested dict, as a Recipe; KeyError where it lacks a key that its time depends on.
+
+    ladder: {max side: median short side} of the files to train from, px.
+    """
+    model, training, rung = config["model"], config["training"], config["data"]["rung"]
+    sides = [schedules.resolution(epoch, **config["resolution"]) for epoch in range(training["epochs"])]
+    # a key that a recipe leaves out is off, as in rn50/recipe.py
+    blurs = model.get("blurpool", False), model.get("blur_maxpool", False)
     return Recipe(
         name=name,
-        resolutions=[schedules.resolution(epoch, **config["resolution"]) for epoch in range(epochs)],
-        micro_batch=config["training"]["micro_batch"],
-        rung=config["data"]["rung"],
+        resolutions=sides,
+        rungs=[schedules.rung(px, ladder) if rung == "auto" else rung for px in sides],
+        micro_batch=training["micro_batch"],
+        network={(False, False): "", (True, False): "blurpool"}.get(blurs, "both blurs"),
+        passes=1 + 1 / training.get("sam_interval", 10) if training.get("sam_rho", 0) else 1.0,
         evaluated=[view for epoch in evaluations(config) for view in epoch],
     )
 
@@ -161,23 +179,25 @@ def measured_machine(report):
 
 def machines(table, spot):
     """Every instance at its on-demand price; with `spot`, those whose spot price was seen, at its middle."""
-    made = []
-    for row in table.instance:
-        if spot and row["low"] is None:
-            continue
-        low, high = (row["low"], row["high"]) if spot else (row["value"], row["value"])
-        sizes = {key: int(row[key]) for key in ("gpus", "vcpus")}
-        made.append(
-            Machine(
-                name=row["name"],
-                gpu=row["gpu"],
-                memory_gib=row["memory_gib"],
-                disk_gb=row["disk_gb"],
-                dollars_per_hour=(low + high) / 2,
-                dollars_low=low,
-                dollars_high=high,
-                note=row["note"],
-                **sizes,
-            )
-        )
-    return made
+    return [_machine(row, spot) for row in table.instance if not spot or row["low"] is not None]
+
+
+def places(table):
+    """Machines that are not EC2's, at their price."""
+    return [_machine(row, spot=False) for row in table.place]
+
+
+def _machine(row, spot):
+    low, high = (row["low"], row["high"]) if spot else (row["value"], row["value"])
+    return Machine(
+        name=row["name"],
+        gpu=row["gpu"],
+        gpus=int(row["gpus"]),
+        vcpus=int(row["vcpus"]),
+        memory_gib=row["memory_gib"],
+        disk_gb=row["disk_gb"],
+        dollars_per_hour=(low + high) / 2,
+        dollars_low=low,
+        dollars_high=high,
+        note=row["note"],
+    )

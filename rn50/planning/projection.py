@@ -3,8 +3,7 @@
 import math
 from statistics import NormalDist
 
-from rn50.planning import speeds
-from rn50.planning.top1 import expected_top1, probability
+from rn50.planning import speeds, top1
 
 # 80 % of a normal distribution lies within so many standard deviations.
 Z_80 = NormalDist().inv_cdf(0.9)
@@ -24,8 +23,10 @@ def project(table, fitted, loader, errors, recipe, machine, target, spot=False):
             speed_basis = f"{machine.gpu}: no training measurement by anyone, from its memory bandwidth"
     factor = math.exp(Z_80 * spread)
     fixed = parts["setup"] + parts["staging"]
-    storage = speeds.beton_gb(table, recipe.rung) * table.value("s3_dollars_gb_month")
-    top1, top1_spread, top1_basis = expected_top1(table, table.recipe[recipe.name]["schedule"], len(recipe.resolutions))
+    family = table.recipe[recipe.name]["schedule"]
+    expected = top1.outlook(table, family, len(recipe.resolutions))
+    # the acceptance run is Mild: it says something of its own family's path
+    accepted = family in ("mild", "medium") and recipe.name != top1.ACCEPTANCE
     micro = speeds.fitting_micro_batch(table, recipe, machine)
     notes = [machine.note] if machine.note else []
     if not machine.measured and not sources:
@@ -40,15 +41,16 @@ def project(table, fitted, loader, errors, recipe, machine, target, spot=False):
         "hours_error": round(math.expm1(spread), 3),
         "gpu_sources": sources,
         "hours_by_part": {name: round(value, 2) for name, value in parts.items()},
-        "dollars": round(total * machine.dollars_per_hour + storage, 2),
-        "dollars_low": round((fixed + (total - fixed) / factor) * machine.dollars_low + storage, 2),
-        "dollars_high": round((fixed + (total - fixed) * factor) * machine.dollars_high + storage, 2),
-        "top1": round(top1, 2),
-        "top1_low": round(top1 - Z_80 * top1_spread, 2),
-        "top1_high": round(top1 + Z_80 * top1_spread, 2),
+        "dollars": round(total * machine.dollars_per_hour, 2),
+        "dollars_low": round((fixed + (total - fixed) / factor) * machine.dollars_low, 2),
+        "dollars_high": round((fixed + (total - fixed) * factor) * machine.dollars_high, 2),
+        "top1": round(expected.mean, 2),
+        "top1_low": round(expected.mean - Z_80 * expected.spread, 2),
+        "top1_high": round(expected.mean + Z_80 * expected.spread, 2),
         "evaluation": "224 px single view",
-        "probability_of_target": round(probability(target, top1, top1_spread), 3),
+        "probability_of_target": expected.probability(target),
+        "probability_after_acceptance": top1.acceptance(table, expected, target)[1] if accepted else None,
         "limited_by": limit,
-        "basis": f"{speed_basis}, hours +-{math.expm1(spread):.0%}; top-1 {top1_basis}",
+        "basis": f"{speed_basis}, hours +-{math.expm1(spread):.0%}; top-1 {expected.basis}",
         "notes": "; ".join(notes),
     }

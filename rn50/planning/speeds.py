@@ -1,16 +1,18 @@
 """How fast GPUs, loader and disk are, by published figures, and the hours that a recipe takes on a machine.
 
-A GPU's training images/s: the geometric mean over independent published sources, each brought to one GPU at 224 px; a
-GPU that nobody published gets the images/s for each GB/s of memory bandwidth that the others have. The slowest of GPU,
-loader and disk sets the pace. `check` predicts every published run without its own source; how far off that is, is the
-range of every projection.
+A GPU's training images/s: what independent published sources say, each brought to one GPU at 224 px and a network
+without blurs, and corrected for how fast its code is on GPUs that others measured too; a GPU that nobody published gets
+the images/s for each GB/s of memory bandwidth that the others have. The slowest of GPU, loader and disk sets the pace.
+`check` predicts every published run without its own source; how far off that is, is the range of every projection.
 """
 
 import math
 from dataclasses import dataclass
 from statistics import geometric_mean, mean, median
 
-from rn50.planning.costs import parse_schedule
+import numpy as np
+
+from rn50.planning.costs import LADDER, parse_schedule
 
 # What ten minutes of measuring leave open: an assumption until a whole run has been compared with its preflight.
 MEASURED_SPREAD = 0.05
@@ -21,18 +23,27 @@ MEASURED_SPREAD = 0.05
 
 @dataclass(frozen=True)
 class Speeds:
-    """What the rates of some sources say. `by_gpu`: {gpu: {source: images/s of one GPU at 224 px}}."""
+    """What the rates of some sources say, of one GPU at 224 px, for a network without blurs.
+
+    by_gpu: {gpu: {source: its images/s}}; rates: {gpu: images/s of typical code}; code: {source: its code's speed
+    against typical code}.
+    """
 
     exponent: float
     efficiency_8: float
     by_gpu: dict
+    rates: dict
+    code: dict
     per_bandwidth: float
 
     def gpu_rate(self, gpu, bandwidth):
         """(training images/s of one GPU at 224 px, number of independent sources; 0: from its bandwidth)."""
-        sources = self.by_gpu.get(gpu, {})
-        rate = geometric_mean(sources.values()) if sources else self.per_bandwidth * bandwidth
-        return rate, len(sources)
+        return self.rates.get(gpu, self.per_bandwidth * bandwidth), len(self.by_gpu.get(gpu, {}))
+
+    @property
+    def ours(self):
+        """Speed of this repository's code against typical code, by what it was measured at."""
+        return self.code.get("rn50", 1.0)
 
     def efficiency(self, gpus):
         """Speed of one of `gpus` GPUs against one alone: falls evenly with every doubling to `efficiency_8`."""
@@ -61,24 +72,49 @@ def fit(table, without=None):
                 exponents.append(math.log(first["value"] / second["value"]) / math.log(large / small))
             if same and small == large and (first["gpus"], second["gpus"]) == (1, 8):
                 efficiencies.append(second["value"] / first["value"] / 8)
-    speeds = Speeds(mean(exponents) if exponents else 2.0, median(efficiencies) if efficiencies else 0.9, {}, 0.0)
-    implied = {}
+    exponent, efficiency_8 = mean(exponents) if exponents else 2.0, median(efficiencies) if efficiencies else 0.9
+    speeds, implied = Speeds(exponent, efficiency_8, {}, {}, {}, 0.0), {}
     for row in rates:
         at_224 = (float(row["schedule"]) / 224) ** speeds.exponent
-        value = row["value"] * at_224 / row["gpus"] / speeds.efficiency(row["gpus"])
+        value = (
+            row["value"] * at_224 / row["gpus"] / speeds.efficiency(row["gpus"]) / network_speed(table, row["network"])
+        )
         implied.setdefault(row["gpu"], {}).setdefault(row["name"], []).append(value)
     for row in runs:
         # hours that a source rounds say less than its images/s
         if row["name"] not in implied.get(row["gpu"], {}):
             work = sum(n * (px / 224) ** speeds.exponent for px, n in parse_schedule(row["schedule"]))
             value = work * table.value("images_train") / (row["value"] * 3600)
-            value /= row["gpus"] * speeds.efficiency(row["gpus"])
+            value /= row["gpus"] * speeds.efficiency(row["gpus"]) * network_speed(table, row["network"])
             implied.setdefault(row["gpu"], {}).setdefault(row["name"], []).append(value)
     by_gpu = {gpu: {name: geometric_mean(v) for name, v in sources.items()} for gpu, sources in implied.items()}
-    per_bandwidth = geometric_mean(
-        geometric_mean(sources.values()) / table.gpu[gpu]["value"] for gpu, sources in by_gpu.items()
-    )
-    return Speeds(speeds.exponent, speeds.efficiency_8, by_gpu, per_bandwidth)
+    rates, code = separate(by_gpu)
+    per_bandwidth = geometric_mean(rate / table.gpu[gpu]["value"] for gpu, rate in rates.items())
+    return Speeds(exponent, efficiency_8, by_gpu, rates, code, per_bandwidth)
+
+
+def separate(by_gpu):
+    """({gpu: images/s of typical code}, {source: speed of its code against it}) from {gpu: {source: images/s}}.
+
+    The least squares of ln(images/s) = gpu + source, plus the squares of the source terms: where a source is the only
+    one of a GPU, all of its figure is the GPU's; where there are two, each differs by its code for the half of it that
+    nothing else explains. (A ridge on one of two crossed factors, as in a mixed model with equal variances.)
+    """
+    gpus, sources = sorted(by_gpu), sorted({source for row in by_gpu.values() for source in row})
+    cells = [(gpu, source, rate) for gpu in gpus for source, rate in by_gpu[gpu].items()]
+    design, seen = np.zeros((len(cells) + len(sources), len(gpus) + len(sources))), np.zeros(len(cells) + len(sources))
+    for number, (gpu, source, rate) in enumerate(cells):
+        design[number, [gpus.index(gpu), len(gpus) + sources.index(source)]] = 1
+        seen[number] = math.log(rate)
+    design[len(cells) :, len(gpus) :] = np.eye(len(sources))
+    terms = np.exp(np.linalg.lstsq(design, seen, rcond=None)[0]).tolist()
+    return dict(zip(gpus, terms, strict=False)), dict(zip(sources, terms[len(gpus) :], strict=True))
+
+
+def network_speed(table, network):
+    """Images/s of a `network` of costs.csv against those of one without blurs."""
+    pooled = table.value("blurpool_speed")
+    return {"": 1.0, "blurpool": pooled, "both blurs": pooled * table.value("blur_maxpool_speed")}[network]
 
 
 def check(table):
@@ -99,6 +135,7 @@ def check(table):
         images = table.value("images_train")
         observed = 90 * images / row["value"] / 3600 if is_rate else row["value"]
         predicted = sum(n * images / speeds.total(row["gpu"], bandwidth, row["gpus"], px) / 3600 for px, n in epochs)
+        predicted /= network_speed(table, row["network"])
         checked.append(
             {
                 "source": row["name"],
@@ -129,6 +166,15 @@ def prediction_errors(checked):
                 by_source.setdefault((row["source"], row["gpu"]), []).append(math.log(1 + row["error"]) ** 2)
         errors[measured] = math.sqrt(mean(mean(squares) for squares in by_source.values()))
     return errors
+
+
+def median_error(checked):
+    """Median over sources and GPUs of the mean size of their relative errors."""
+    by_source = {}
+    for row in checked:
+        if row["counted"]:
+            by_source.setdefault((row["source"], row["gpu"]), []).append(abs(math.log(1 + row["error"])))
+    return math.expm1(median(mean(errors) for errors in by_source.values()))
 
 
 # --- Loader, disk and memory -----------------------------------------------------------------------------------------
@@ -195,18 +241,19 @@ def fitting_micro_batch(table, recipe, machine):
 def hours(table, speeds, loader, recipe, machine, spot=False):
     """({part: hours} of set-up, staging, training and evaluation, what limits most of the training)."""
     seconds, limited = 0.0, {}
-    for resolution in recipe.resolutions:
-        rate, limit = pace(table, speeds, loader, recipe, machine, resolution)
+    for resolution, rung in zip(recipe.resolutions, recipe.rungs, strict=True):
+        rate, limit = pace(table, speeds, loader, recipe, machine, resolution, rung, recipe.passes)
         spent = table.value("images_train") / rate
         seconds += spent
         limited[limit] = limited.get(limit, 0) + spent
     evaluation = 0.0
     for resolution, views in recipe.evaluated:
         passes = views / table.value("evaluation_speed")
-        rate, _ = pace(table, speeds, loader, recipe, machine, resolution, passes)
+        rate, _ = pace(table, speeds, loader, recipe, machine, resolution, max(LADDER), passes)
         evaluation += table.value("images_val") / rate
     staging = machine.staging_mb_per_s or table.value("staging_mb_per_s")
-    gigabytes = beton_gb(table, recipe.rung) * (1 + table.value("images_val") / table.value("images_train"))
+    gigabytes = sum(beton_gb(table, rung) for rung in set(recipe.rungs))
+    gigabytes += sum(beton_gb(table, rung) for rung in LADDER) * table.value("images_val") / table.value("images_train")
     rework = table.value("spot_rework") if spot else 1
     parts = {
         "setup": table.value("setup_hours"),
@@ -218,27 +265,29 @@ def hours(table, speeds, loader, recipe, machine, spot=False):
     return parts, "memory" if fitting_micro_batch(table, recipe, machine) < recipe.micro_batch else limit
 
 
-def pace(table, speeds, loader, recipe, machine, resolution, passes=1.0):
-    """(images/s, what limits them: GPU, CPU or disk) at `resolution` px.
+def pace(table, speeds, loader, recipe, machine, resolution, rung, passes):
+    """(images/s, what limits them: GPU, CPU or disk) at `resolution` px from `rung`-px files.
 
     passes: what the GPU does with each image, 1 being forward and backward; the loader decodes each once.
     """
     if machine.measured:
         nearest = min(machine.measured, key=lambda px: abs(px - resolution))
-        rate = _interpolate(machine.measured, resolution, speeds.exponent) / passes
+        # preflight's training had the recipe's own passes
+        rate = _interpolate(machine.measured, resolution, speeds.exponent) * recipe.passes / passes
         return min(rate, _interpolate(machine.loader, resolution, speeds.exponent)), machine.limits[nearest]
     gpu = table.gpu[machine.gpu]
     micro = fitting_micro_batch(table, recipe, machine)
     # with hardly more vCPUs than GPUs, training and decoding share them
     decoding = max(machine.vcpus - machine.gpus * table.value("training_vcpus"), machine.vcpus / 2)
+    network = speeds.ours * network_speed(table, recipe.network)
     limits = {
-        "GPU": speeds.total(machine.gpu, gpu["value"], machine.gpus, resolution),
-        "CPU": decoding * loader["rn50"] * loader_scale(table, resolution, recipe.rung),
+        "GPU": speeds.total(machine.gpu, gpu["value"], machine.gpus, resolution) * network,
+        "CPU": decoding * loader["rn50"] * loader_scale(table, resolution, rung),
     }
     # kernels are launched one after the other: a small micro-batch at a low resolution does not fill a fast GPU
     launches = machine.gpus * speeds.efficiency(machine.gpus) * micro / table.value("launch_seconds")
     limits["GPU"] = min(limits["GPU"], launches) / passes
-    gigabytes = beton_gb(table, recipe.rung)
+    gigabytes = beton_gb(table, rung)
     # as rn50.data.loaders.choose_order: what fits in 60 % of memory is read from disk once
     if gigabytes * 1e9 > 0.6 * machine.memory_gib * 2**30:
         limits["disk"] = disk_speed(table, machine) * 1e6 / (gigabytes * 1e9 / table.value("images_train"))

@@ -269,10 +269,43 @@ def test_validation_reads_images_that_it_shrinks_as_training_does_or_warns():
 
 def test_order_is_random_while_the_file_fits_in_memory(monkeypatch):
     monkeypatch.setattr(loaders, "memory_bytes", lambda: 100)
-    assert loaders.choose_order(SimpleNamespace(bytes=60), "auto") == "random"
-    assert loaders.choose_order(SimpleNamespace(bytes=61), "auto") == "page"
-    assert loaders.choose_order(SimpleNamespace(bytes=61), "random") == "random"
-    assert loaders.choose_order(SimpleNamespace(bytes=1), "page") == "page"
+
+    def file(size):
+        return SimpleNamespace(bytes=size, labels=np.arange(9) % 3, data_ptrs=np.arange(9))
+
+    assert loaders.choose_order(file(60), "auto") == "random"
+    assert loaders.choose_order(file(61), "auto") == "page"
+    assert loaders.choose_order(file(61), "random") == "random"
+    assert loaders.choose_order(file(1), "page") == "page"
+
+
+STOCK_IN_CLASS_ORDER = """
+import sys
+import numpy as np
+from ffcv import fields, writer
+pairs = [(np.full((20, 30, 3), k, "u1"), k // 40) for k in range(200)]
+made = {"image": fields.RGBImageField(write_mode="jpg"), "label": fields.IntField()}
+writer.DatasetWriter(sys.argv[1], made, num_workers=2).from_indexed_dataset(pairs, chunksize=7)
+"""
+
+
+def test_a_file_in_class_order_is_not_read_page_by_page(tmp_path, betons, monkeypatch):
+    """As stock FFCV writes an ImageFolder; ours are shuffled."""
+    path = tmp_path / "train_30.beton"
+    subprocess.run([sys.executable, "-c", STOCK_IN_CLASS_ORDER, path], check=True, timeout=120)
+    (stock,) = loaders.find_rungs(tmp_path, "train").values()
+    assert loaders.choose_order(stock, "auto") == loaders.choose_order(stock, "random") == "random"
+    monkeypatch.setattr(loaders, "memory_bytes", lambda: 100)
+    for order in ("auto", "page"):
+        with pytest.raises(RunError, match=r"train_30.beton holds its images class by class.*data.order=random"):
+            loaders.choose_order(stock, order)
+    shuffled = loaders.find_rungs(betons, "train")[64]
+    assert loaders.choose_order(shuffled, "auto") == "page"
+    # whatever the classes' sizes: nine of ten images of one class lie beside their own in any order
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1], [900, 100]))
+    for classes, sorted_by_class in ((labels, False), (np.sort(labels), True), (np.zeros(1000, int), False)):
+        file = SimpleNamespace(labels=classes, data_ptrs=np.arange(1000))
+        assert loaders.stored_by_class(file) == sorted_by_class
 
 
 def test_both_orders_of_a_real_file_are_permutations(info):

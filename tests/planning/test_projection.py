@@ -28,30 +28,35 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_said():
     assert "training.micro_batch=256" in row["notes"]
 
 
-def test_dollars_are_hours_times_price_plus_storage():
+def test_dollars_are_hours_times_price():
     row = project("rn50_78", MACHINES["g5.xlarge"])
-    assert row["dollars"] == pytest.approx(row["hours"] * 1.006 + speeds.beton_gb(TABLE, 400) * 0.023, abs=0.02)
+    assert row["dollars"] == pytest.approx(row["hours"] * 1.006, abs=0.02)
     assert sum(row["hours_by_part"].values()) == pytest.approx(row["hours"], abs=0.03)
     assert row["dollars_low"] < row["dollars"] < row["dollars_high"]
-    assert "no training measurement by anyone" in project("rn50_78", MACHINES["g6.xlarge"])["basis"]
-    # 44.2 GB and a 26th of it for validation, at 200 MB/s
+    assert "no training measurement by anyone" in project("rn50_78", MACHINES["g6e.xlarge"])["basis"]
+    # 22, 44 and 63 GB, and a 26th of it for validation, at 200 MB/s
+    ladder = sum(speeds.beton_gb(TABLE, side) for side in (256, 400, 500)) * 1e9
+    assert ladder == pytest.approx(129e9, rel=0.01)
     parts, _ = speeds.hours(TABLE, SPEEDS, LOADER, RECIPES["rn50_78"], MACHINES["g5.xlarge"])
-    assert parts["staging"] == pytest.approx(44.2e9 * (1 + 1 / 25.6) / 200e6 / 3600, rel=1e-3)
+    assert parts["staging"] == pytest.approx(ladder * (1 + 1 / 25.6) / 200e6 / 3600, rel=1e-3)
+    # where one size is read, it alone is staged, and all of validation
+    parts, _ = speeds.hours(TABLE, SPEEDS, LOADER, RECIPES["rn50_56_epochs"], MACHINES["g5.xlarge"])
+    one = speeds.beton_gb(TABLE, 500) * 1e9
+    assert parts["staging"] == pytest.approx((one + ladder / 25.6) / 200e6 / 3600, rel=1e-3)
     assert parts["setup"] == 0.25
 
 
 def test_the_range_is_that_of_the_hours_times_that_of_the_price():
     errors = speeds.prediction_errors(speeds.check(TABLE))
-    storage = speeds.beton_gb(TABLE, 400) * 0.023
     (spot,) = [machine for machine in costs.machines(TABLE, spot=True) if machine.name == "g5.xlarge"]
-    # others have published training on an A10G, and nobody on an L4
-    for machine, spotted, measured in ((spot, True, True), (MACHINES["g6.xlarge"], False, False)):
+    # others have published training on an A10G, and nobody on an L40S
+    for machine, spotted, measured in ((spot, True, True), (MACHINES["g6e.xlarge"], False, False)):
         row, factor = project("rn50_78", machine, spot=spotted), math.exp(1.2816 * errors[measured])
         parts, _ = speeds.hours(TABLE, SPEEDS, LOADER, RECIPES["rn50_78"], machine, spotted)
         fixed, rest = parts["setup"] + parts["staging"], parts["training"] + parts["evaluation"]
-        low, high = (0.36, 0.92) if spotted else (0.8048, 0.8048)
-        assert row["dollars_low"] == pytest.approx((fixed + rest / factor) * low + storage, abs=0.01)
-        assert row["dollars_high"] == pytest.approx((fixed + rest * factor) * high + storage, abs=0.01)
+        low, high = (0.36, 0.92) if spotted else (1.861, 1.861)
+        assert row["dollars_low"] == pytest.approx((fixed + rest / factor) * low, abs=0.01)
+        assert row["dollars_high"] == pytest.approx((fixed + rest * factor) * high, abs=0.01)
         assert row["hours_error"] == pytest.approx(math.expm1(errors[measured]), abs=1e-3)
 
 
