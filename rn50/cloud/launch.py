@@ -92,7 +92,9 @@ def start(aws, args, store, record, config):
             "would refuse to begin: give a higher --budget, a shorter recipe, or --set budget.allow_overrun=true"
         )
     # a set-up that is paid for would end without them, or without room for them
-    gigabytes = sum(betons(aws, cloud.rung_of(record, config)).values()) / 1e9
+    copied = betons(aws, cloud.rung_of(record, config))
+    gigabytes = sum(copied.values()) / 1e9
+    print(f"copies {', '.join(name for name in copied if name.endswith('.beton'))}, {gigabytes:.3g} GB")
     disk = aws.published.disk_gb(record["instance"])
     if disk and gigabytes > disk * DISK_SHARE:
         raise RunError(

@@ -75,8 +75,20 @@ def test_the_plan_is_shown_and_nothing_is_made_without_a_yes(cloud_account, monk
 def test_the_flagship_is_projected_before_it_is_paid_for(cloud_account, capsys):
     put_betons(cloud_account, 400)
     flags = ["--bucket", BUCKET, "--config", "rn50_configs/rn50_78.yaml", "--budget", "25", "--yes"]
-    ec2.main(["launch", *flags, "--ami", cloud_account.image, "--commit", "HEAD"])
-    assert re.search(r"projected from published figures: \d+\.\d h, \$\d+\.\d\d", capsys.readouterr().out)
+    ec2.main(["launch", *flags, "--ami", cloud_account.image, "--commit", "HEAD", "--spot"])
+    said = capsys.readouterr().out
+    assert re.search(r"projected from published figures: \d+\.\d h, \$\d+\.\d\d", said)
+    assert "copies train_400.beton, val_400.beton, " in said  # all that there are
+
+
+def test_an_instance_without_room_for_the_betons_is_not_launched(cloud_account, monkeypatch):
+    put_betons(cloud_account, 400)
+    monkeypatch.setattr(ec2.Published, "disk_gb", lambda self, instance: 1e-12)
+    with pytest.raises(
+        RunError, match=r"betons of this run take [\d.e-]+ GB and g5.2xlarge has a disk of 1e-12 GB: choose"
+    ):
+        launch(cloud_account)
+    assert alive(cloud_account) == []
 
 
 def test_measuring_first_is_in_the_plan_and_in_the_record(cloud_account, capsys):
@@ -102,17 +114,17 @@ def test_without_its_betons_a_run_is_not_launched(cloud_account):
         "launch",
         *PLAN[:2],
         "--config",
-        "rn50_configs/rn50_78.yaml",
+        "rn50_configs/rn50_56_epochs.yaml",
         "--budget",
         "25",
         "--yes",
         "--commit",
         "HEAD",
     ]
-    with pytest.raises(RunError, match=r"there is no train_400.beton under rn50/betons/; upload what write_dataset"):
+    with pytest.raises(RunError, match=r"there is no train_500.beton under rn50/betons/; upload what write_dataset"):
         ec2.main([*flags, "--ami", IMAGE])
-    with pytest.raises(RunError, match=r"there is no train_500.beton"):
-        ec2.main([*flags, "--ami", IMAGE, "--set", "data.rung=500"])
+    with pytest.raises(RunError, match=r"there is no train_400.beton"):
+        ec2.main([*flags, "--ami", IMAGE, "--set", "data.rung=400"])
     assert alive(cloud_account) == []
     assert cloud_account.iam.list_roles()["Roles"] == []
 

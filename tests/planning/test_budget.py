@@ -162,7 +162,9 @@ def test_the_recipe_that_is_offered_would_not_be_refused_itself(tmp_path):
 
 def test_a_schedule_that_is_projected_to_cost_more_is_refused_with_one_that_fits(betons, tmp_path):
     result = run(betons, tmp_path, **LONG, budget__max_dollars=STOPPING + 1500)
-    assert_refused(result, 2, "projected from published speeds", "largest recipe that fits: rn50_medium_135", "allow_overrun")
+    assert_refused(
+        result, 2, "projected from published speeds", "largest recipe that fits: rn50_medium_135", "allow_overrun"
+    )
     assert not (tmp_path / "small" / "last.pt").exists()
 
 
