@@ -1,6 +1,7 @@
 """Which parts of the ImageNet recipes pay on a small scale? ResNet-18 on Imagenette, seed by seed against a baseline.
 
     python studies/proxy_study/proxy_study.py --data data/imagenette --seeds 0,1,2 --out studies/proxy_study
+    python studies/proxy_study/proxy_study.py --arms ideas --data data/imagenette --out studies/proxy_study/ideas
 
 Trains proxy_study.yaml by train_imagenet.py, then the same with one change at a time, for each seed.
 Compute is equal in the pixels that go through the network in training: progressive resizing gets more epochs for them.
@@ -26,7 +27,9 @@ from rn50.metrics import T_975, paired_difference
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).with_name("proxy_study.yaml")
-ARMS = {
+VARIANTS = Path(__file__).with_name("variants.py")
+# Keys of the config, and `variant`: a function of variants.py.
+PARTS = {
     "baseline": {},
     "blurpool": {"model.blurpool": "true", "model.blur_maxpool": "true"},
     "ema": {"model.ema_half_life": 20},
@@ -40,6 +43,19 @@ ARMS = {
     "label_smoothing": {"training.label_smoothing": 0.1},
     "bce": {"training.loss": "bce", "model.log_prior_bias": "true"},
 }
+# 2 epochs at 40 px and 2 at 56: 1.01 times the pixels of 3 at 56
+RAMP = {"training.epochs": 4, "resolution.start": 40, "resolution.start_ramp": 1, "resolution.end_ramp": 2}
+IDEAS = {
+    "baseline": {},
+    "sam": {"training.sam_rho": 0.5, "training.sam_interval": 10},
+    "mixup": {"training.mixup": 0.2},
+    "label_smoothing_0.2": {"training.label_smoothing": 0.2},
+    "alternating_flip": {"variant": "alternating_flip"},
+    "ramped": RAMP,
+    "interleaved": RAMP | {"variant": "interleaved"},
+}
+ARMS = {"parts": PARTS, "ideas": IDEAS}
+AGAINST = {"interleaved": "ramped"}  # the others: the baseline
 
 
 def main():
@@ -47,41 +63,42 @@ def main():
     seeds = [int(seed) for seed in args.seeds.split(",")]
     if len(set(seeds)) != len(seeds) or len(seeds) not in T_975:
         raise UsageError(f"--seeds needs 2 to {max(T_975)} different seeds for an interval, not {args.seeds}")
-    out = Path(args.out)
+    out, arms = Path(args.out), ARMS[args.arms]
     done = read_rows(out / "runs.jsonl")
     for row in done:
-        if row["settings"] != settings_of(row["arm"], args.settings):
+        if row["settings"] != settings_of(arms[row["arm"]], args.settings):
             raise RunError(f"{out / 'runs.jsonl'} has runs of {row['arm']} with other settings; choose another --out")
     # seeds outermost, so that what is there when it is stopped is balanced
     for seed in seeds:
-        for arm in ARMS:
+        for arm in arms:
             if not args.report and not any((row["arm"], row["seed"]) == (arm, seed) for row in done):
-                done.append(train(arm, seed, args))
+                done.append(train(arm, arms[arm], seed, args))
                 out.mkdir(parents=True, exist_ok=True)
                 write_atomically(out / "runs.jsonl", "".join(json.dumps(row) + "\n" for row in done))
                 print(json.dumps(done[-1]), flush=True)
-                write(done, seeds, out)
+                write(done, seeds, out, arms)
     if not done:
         raise RunError(f"{out / 'runs.jsonl'} has no runs to report")
-    print(write(done, seeds, out))
+    print(write(done, seeds, out, arms))
 
 
-def settings_of(arm, further):
-    """What `arm` and the command line change of the config: {key: text}."""
+def settings_of(changes, further):
+    """What an arm's `changes` and the command line change of the config: {key: text}."""
     given = dict(setting.removeprefix("--").split("=", 1) for setting in further)
     kept = {key: value for key, value in given.items() if key.split(".")[0] not in ("data", "logging")}
-    return kept | {key: str(value) for key, value in ARMS[arm].items()}
+    return kept | {key: str(value) for key, value in changes.items()}
 
 
-def train(arm, seed, args):
+def train(arm, changes, seed, args):
     """The run's line of runs.jsonl."""
     name = f"{arm}_{seed}"
-    changes = args.settings + [f"--{key}={value}" for key, value in ARMS[arm].items()]
-    settings = [f"--config-file={CONFIG}", f"--data.dir={args.data}", f"--training.seed={seed}", *changes]
+    script = [VARIANTS, changes["variant"]] if "variant" in changes else [ROOT / "train_imagenet.py"]
+    flags = args.settings + [f"--{key}={value}" for key, value in changes.items() if key != "variant"]
+    settings = [f"--config-file={CONFIG}", f"--data.dir={args.data}", f"--training.seed={seed}", *flags]
     settings += [f"--logging.folder={args.runs}", f"--logging.run_name={name}"]
     log = Path(args.runs) / name / "log.jsonl"
     if not any("evaluation" in row for row in read_rows(log)):
-        status = subprocess.run([sys.executable, ROOT / "train_imagenet.py", *settings], cwd=ROOT).returncode
+        status = subprocess.run([sys.executable, *script, *settings], cwd=ROOT).returncode
         if status:
             raise RunError(f"training {name} ended with status {status}; repeat the command to continue")
     rows = read_rows(log)
@@ -99,7 +116,7 @@ def train(arm, seed, args):
         "cpu_seconds": round(sum(row["cpu_seconds"] for row in rows), 1),
         "device": environment["device"],
         "commit": environment["commit"],
-        "settings": settings_of(arm, args.settings),
+        "settings": settings_of(changes, args.settings),
     }
 
 
@@ -110,11 +127,11 @@ def megapixels(config, images_seen):
     return images_seen / epochs * sum(side**2 for side in sides) / 1e6
 
 
-def write(rows, seeds, out):
+def write(rows, seeds, out, arms):
     """results.json and results.md, from the runs there are; gives the text of the latter."""
     of = {(row["arm"], row["seed"]): row for row in rows if row["seed"] in seeds}
-    missing = len(ARMS) * len(seeds) - len(of)
-    lines = [f"# Proxy study: {len(of)} of {len(ARMS) * len(seeds)} runs", ""]
+    missing = len(arms) * len(seeds) - len(of)
+    lines = [f"# Proxy study: {len(of)} of {len(arms) * len(seeds)} runs", ""]
     if missing:
         lines += [
             f"**{missing} runs are missing**; repeating the command makes them.",
@@ -130,18 +147,19 @@ def write(rows, seeds, out):
         "|---" * (len(seeds) + 4) + "|",
     ]
     differences = {}
-    for arm in ARMS:
+    for arm in arms:
+        base = AGAINST.get(arm, "baseline")
         runs = [of.get((arm, seed)) for seed in seeds]
         top1 = " | ".join(f"{run['top1']:.2f}" if run else "-" for run in runs)
         pairs = [
-            (of[arm, seed], of["baseline", seed])
+            (of[arm, seed], of[base, seed])
             for seed in seeds
-            if arm != "baseline" and (arm, seed) in of and ("baseline", seed) in of
+            if arm != base and (arm, seed) in of and (base, seed) in of
         ]
         difference, time = "", ""
         if pairs:
             differences[arm] = paired_difference([mine["top1"] - base["top1"] for mine, base in pairs])
-            difference = describe(differences[arm])
+            difference = describe(differences[arm]) + (f" against {base}" if base != "baseline" else "")
             time = f"{statistics.fmean(mine['cpu_seconds'] / base['cpu_seconds'] for mine, base in pairs):.2f}"
         size = next((f"{run['megapixels']:.0f}" for run in runs if run), "-")
         lines.append(f"| {arm} | {top1} | {difference} | {size} | {time} |")
@@ -167,20 +185,19 @@ def conclusions(differences):
         ("worse than the baseline here", lambda found: found["high"] < 0),
         ("not told apart from the baseline", lambda found: found["low"] <= 0 <= found["high"]),
     ):
-        arms = [arm for arm, found in sure.items() if held(found)]
-        yield f"- {verdict}: {', '.join(arms) or 'none'}"
+        named = [arm for arm, found in sure.items() if held(found)]
+        yield f"- {verdict}: {', '.join(named) or 'none'}"
     yield ""
     yield (
-        "Intervals are paired t over the seeds, each for itself: of five comparisons without any effect, one in four "
-        "studies would show at least one as if it had one. With so few seeds only effects of some points can be seen."
+        "Intervals are paired t over the seeds, each for itself: of five or six comparisons without any effect, one in "
+        "four studies would show at least one as if it had one. With so few seeds only effects of some points can be seen."
     )
     yield ""
     yield (
         "What follows for ImageNet: that each of these parts trains, and what it costs in processor time on a CPU. "
         "What does not: its gain there. Ten classes and a few epochs far from convergence ask for speed of learning, "
-        "where 1,000 classes and 16 to 88 epochs also ask for what regularises (label smoothing, EMA); BlurPool's and "
-        "low resolution's effect depend on what there is to see at 56 px; BCE's log-prior start matters with 1,000 "
-        "classes, not with ten. The recipes rest on the published ImageNet runs in their headers, not on this table."
+        "where 1,000 classes and 16 to 135 epochs also ask for what regularises. The recipes rest on the published "
+        "ImageNet runs in their headers, not on this table."
     )
 
 
@@ -188,6 +205,7 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="Further arguments go to train_imagenet.py, as --section.key=value."
     )
+    parser.add_argument("--arms", choices=ARMS, default="parts", help="what the recipes have, or what they might have")
     parser.add_argument("--data", required=True, help="folder of train_128.beton and val_128.beton of Imagenette")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")
     parser.add_argument("--runs", default="runs/proxy_study", help="where the run folders go")
