@@ -1,5 +1,7 @@
 """Which settings are measured against each other, and which of them is chosen."""
 
+import time
+
 import pytest
 import torch
 from torch._dynamo.exc import TorchDynamoException
@@ -55,7 +57,7 @@ def test_compiling_makes_the_ramp_coarser_only_where_its_ends_stay(monkeypatch):
 
 def test_most_of_the_work_is_at_the_end_of_the_ramp():
     assert choices.heaviest(load()) == 176
-    assert choices.heaviest(load("--resolution.end_ramp=79")) == 88
+    assert choices.heaviest(load("--resolution.end_ramp=90")) == 88
 
 
 def row(hours, failed=None):
@@ -86,6 +88,24 @@ def test_hours_follow_from_the_rate_of_whole_steps(small_network):
     assert found["hours"] == pytest.approx(work / found["images_per_second"] / 3600, rel=0.01)
     assert (found["sizes"], found["compile_seconds"], found["failed"]) == (3, 0.0, None)
     assert cfg.training.precision == "fp16"  # the caller's is as it was
+
+
+def test_steps_with_sam_count_as_often_as_a_run_has_them(small_network, monkeypatch):
+    seen = []
+
+    def step(self, micro_batches, *, step, **given):
+        seen.append(self.climbs(step))
+        time.sleep(0.06 if seen[-1] else 0.02)
+        return torch.zeros(())
+
+    monkeypatch.setattr(Learner, "step", step)
+    own = {"training.precision": "fp32", "training.compile": False, "resolution.multiple": 4}
+    for interval, seconds in ((4, (3 * 0.02 + 0.06) / 4), (1, 0.06)):
+        seen.clear()
+        cfg = load(*SMALL, "--training.sam_rho=0.5", f"--training.sam_interval={interval}", name="demo")
+        found = choices.measure(cfg, own, **HOW)
+        assert found["images_per_second"] == pytest.approx(16 / seconds, rel=0.1)
+    assert all(seen)
 
 
 def fails_with(error):

@@ -65,6 +65,10 @@ RUN_BY = {
         "write_dataset.py",
         "train_imagenet.py",
     ],
+    "training/test_sam.py::test_the_recipes_run_from_end_to_end": [
+        ".venv/bin/python train_imagenet.py --config-file rn50_configs/rn50_mild_28.yaml --data.dir=/data/betons "
+        "--budget.max_dollars=8 --budget.instance=g5.xlarge",
+    ],
     "test_train_imagenet.py::test_torchrun_restarts_a_killed_worker_but_not_a_planned_stop": [
         ".venv/bin/torchrun --nproc_per_node=8 train_imagenet.py --config-file rn50_configs/rn50_16_epochs.yaml "
         "--data.dir=/data/betons",
@@ -80,9 +84,11 @@ RUN_BY = {
         "tools/preflight.py",
     ],
     "cloud/test_staging.py::test_every_command_of_the_page_runs": [
-        ".venv/bin/python tools/ec2.py doctor --bucket BUCKET --instance g5.xlarge",
+        ".venv/bin/python tools/ec2.py doctor --bucket BUCKET --instance g5.2xlarge --spot",
+        ".venv/bin/python tools/ec2.py launch --bucket BUCKET --config rn50_configs/rn50_mild_28.yaml "
+        "--instance g5.2xlarge --spot --budget 6",
         ".venv/bin/python tools/ec2.py launch --bucket BUCKET --config rn50_configs/rn50_78.yaml "
-        "--instance g5.xlarge --budget 25",
+        "--instance g5.2xlarge --spot --budget 19",
         ".venv/bin/python tools/ec2.py status --bucket BUCKET --run rn50_78",
         ".venv/bin/python tools/ec2.py clean --bucket BUCKET",
     ],

@@ -244,6 +244,8 @@ CANDIDATES = {
     "fp16_no_blur_maxpool": ours(FP16, NO_BLUR_MAXPOOL),
     "fp16_no_blur": ours(FP16, NO_BLUR_MAXPOOL, PLAIN),
     "fp16_contiguous": ours(FP16, "training.channels_last=false"),
+    "fp16_no_mixup": ours(FP16, "training.mixup=0"),
+    "fp16_sam_in_every_step": ours(FP16, "training.sam_interval=1"),
     "fp16_8_accumulated": ours(FP16, accumulation=8),
     "fp16_compiled": ours(FP16, COMPILE),
     "bf16_compiled": ours(BF16, COMPILE),

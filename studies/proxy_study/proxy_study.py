@@ -190,7 +190,7 @@ def conclusions(differences):
     yield ""
     yield (
         "Intervals are paired t over the seeds, each for itself: of five or six comparisons without any effect, one in "
-        "four studies would show at least one as if it had one. With so few seeds only effects of some points can be seen."
+        "four studies would show at least one as if it had one. With so few seeds only effects of some points are seen."
     )
     yield ""
     yield (

@@ -28,7 +28,7 @@ def alternating_flip():
 
 
 def interleaved():
-    """Start and end size in turns, the end size in the last of an even number of epochs (arXiv 2112.00954 draws them)."""
+    """Start and end size in turns, the end size last in an even number of epochs (arXiv 2112.00954 draws them)."""
     schedules.resolution = lambda epoch, *, start, end, **ramp: end if epoch % 2 else start
 
 

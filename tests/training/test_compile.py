@@ -13,6 +13,7 @@ from tests.commands import Command
 # two sizes: epochs of 32 px, then of 48 px
 FLAGS = {"training__compile": "true", "training__epochs": 4, "resolution__end": 48, "resolution__multiple": 16}
 FLAGS |= {"resolution__start_ramp": 1, "resolution__end_ramp": 2}
+FLAGS |= {"training__sam_rho": 0.05, "training__sam_interval": 3, "training__mixup": 0.2}
 GRAPH = re.compile(
     r"torch\.compile: 1 graph for (\d+) px channels_last float32, (\d) from \S+/compiled; the first step"
 )

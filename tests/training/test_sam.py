@@ -1,13 +1,16 @@
-"""Whole runs with SAM and mixup: they resume exactly, and the number of ranks does not change them."""
+"""Whole runs with SAM and mixup: they resume exactly, the number of ranks does not change them, the recipes run."""
 
 import re
 
 import pytest
+import yaml
+from torchvision import models
 
 from rn50 import learner
 from rn50.files import read_rows
 from tests import chaos
 from tests.commands import Command
+from tests.conftest import ROOT
 from tests.training.test_stops import stop_every_seven_steps
 
 FLAGS = {"training__sam_rho": 0.5, "training__sam_interval": 3, "training__mixup": 0.2, "training__loss": "bce"}
@@ -77,3 +80,28 @@ def test_a_first_gradient_that_is_not_finite_leaves_the_step_out(betons, tmp_pat
     rows = read_rows(command.folder / "log.jsonl")
     assert [row["skipped_steps"] for row in rows] == [1, 0]
     assert all(row["train_loss"] < 10 for row in rows)
+
+
+REAL = models.resnet18
+
+
+def with_the_real_network():
+    models.resnet18 = REAL
+
+
+@pytest.mark.parametrize("name", ["rn50_mild_28", "rn50_medium_67"])
+def test_the_recipes_run_from_end_to_end(betons, tmp_path, name):
+    """The files themselves, with ResNet-18 on 200 images of textures: fewer epochs, smaller steps and sizes."""
+    changed = {"config-file": f"{ROOT}/rn50_configs/{name}.yaml", "data__rung": "auto", "model__ema_half_life": 10}
+    changed |= {"resolution__start": 24, "resolution__end": 48, "resolution__start_ramp": 2.4}
+    changed |= {"resolution__end_ramp": 4.8, "training__epochs": 6, "logging__run_name": "small"}
+    with Command(betons, tmp_path, prepare=with_the_real_network, **changed) as command:
+        assert command.end(within=180) == 0, command.output()
+    rows = read_rows(command.folder / "log.jsonl")
+    assert [row["resolution"] for row in rows] == [24, 24, 24, 32, 40, 48]
+    assert [row["rung"] for row in rows] == [64, 64, 64, 96, 96, 96]
+    used = yaml.safe_load((command.folder / "config.yaml").read_text())
+    assert used["training"]["loss"] == "bce"
+    assert (used["training"]["sam_rho"] > 0) == (used["training"]["mixup"] > 0) == (name != "rn50_mild_28")
+    assert rows[-1]["train_loss"] < rows[0]["train_loss"]
+    assert rows[-1]["top1"] > 20
