@@ -46,7 +46,9 @@ Section("source", "the images", SETTINGS).params(
 )
 Section("out", "the .beton files", SETTINGS).params(
     dir=Param(config.text(), "folder to write to", required=True),
-    resolutions=Param(config.numbers(config.whole(16, 4096)), "maximum side lengths, one file each", default="400"),
+    resolutions=Param(
+        config.numbers(config.whole(16, 4096)), "maximum side lengths, one file each", default=[256, 400, 500]
+    ),
     quality=Param(config.whole(1, 100), "JPEG quality", default=90),
     raw_share=Param(config.number(0, 1), "share of images stored as pixels: faster to load, 7-10x larger", default=0),
     workers=Param(config.whole(0), "processes; 0: one for each core", default=0),

@@ -50,7 +50,10 @@ def test_staging_says_what_is_not_there_or_does_not_fit(cloud_account, tmp_path,
 
 @pytest.mark.parametrize(
     ("page", "actions"),
-    [("docs/ec2.md", "doctor launch status stop resume fetch clean"), ("README.md", "doctor launch launch status clean")],
+    [
+        ("docs/ec2.md", "doctor launch status stop resume fetch clean"),
+        ("README.md", "doctor launch launch status clean"),
+    ],
 )
 def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, capsys, page, actions):
     text = (ROOT / page).read_text().replace("BUCKET", BUCKET)
