@@ -10,12 +10,12 @@ import math
 from dataclasses import dataclass
 from statistics import geometric_mean, mean, median
 
-import numpy as np
-
 from rn50.planning.costs import LADDER, parse_schedule
 
 # What ten minutes of measuring leave open: an assumption until a whole run has been compared with its preflight.
 MEASURED_SPREAD = 0.05
+# Of `separate`: enough for its terms to stand still to the eighth digit.
+TURNS = 200
 
 
 # --- GPU -------------------------------------------------------------------------------------------------------------
@@ -98,17 +98,18 @@ def separate(by_gpu):
 
     The least squares of ln(images/s) = gpu + source, plus the squares of the source terms: where a source is the only
     one of a GPU, all of its figure is the GPU's; where there are two, each differs by its code for the half of it that
-    nothing else explains. (A ridge on one of two crossed factors, as in a mixed model with equal variances.)
+    nothing else explains. (A ridge on one of two crossed factors, as in a mixed model with equal variances.) By turns:
+    each term is the best one for what the others leave. Without NumPy, which a laptop that only launches does not have.
     """
-    gpus, sources = sorted(by_gpu), sorted({source for row in by_gpu.values() for source in row})
-    cells = [(gpu, source, rate) for gpu in gpus for source, rate in by_gpu[gpu].items()]
-    design, seen = np.zeros((len(cells) + len(sources), len(gpus) + len(sources))), np.zeros(len(cells) + len(sources))
-    for number, (gpu, source, rate) in enumerate(cells):
-        design[number, [gpus.index(gpu), len(gpus) + sources.index(source)]] = 1
-        seen[number] = math.log(rate)
-    design[len(cells) :, len(gpus) :] = np.eye(len(sources))
-    terms = np.exp(np.linalg.lstsq(design, seen, rcond=None)[0]).tolist()
-    return dict(zip(gpus, terms, strict=False)), dict(zip(sources, terms[len(gpus) :], strict=True))
+    cells = [(gpu, source, math.log(rate)) for gpu, rates in by_gpu.items() for source, rate in rates.items()]
+    gpus, code = dict.fromkeys(by_gpu, 0.0), {source: 0.0 for _, source, _ in cells}
+    for _ in range(TURNS):
+        for gpu in gpus:
+            gpus[gpu] = mean(rate - code[source] for name, source, rate in cells if name == gpu)
+        for source in code:
+            left = [rate - gpus[gpu] for gpu, name, rate in cells if name == source]
+            code[source] = sum(left) / (len(left) + 1)
+    return tuple({name: math.exp(term) for name, term in terms.items()} for terms in (gpus, code))
 
 
 def network_speed(table, network):
