@@ -145,10 +145,10 @@ class Learner:
         def loss_of(model):
             with self.autocast():
                 logits = model(pixels)
-            loss = (1 - share) * criterion(logits, labels, smoothing=self.cfg.training.label_smoothing)
+            loss = criterion(logits, labels, smoothing=self.cfg.training.label_smoothing)
             if share:
-                # without label smoothing, as in Composer, which smooths first and mixes then
-                loss += share * criterion(logits, labels.roll(1))
+                # the neighbour's without label smoothing, as in Composer, which smooths first and mixes then
+                loss = (1 - share) * loss + share * criterion(logits, labels.roll(1))
             return loss / accumulation
 
         if not climb:

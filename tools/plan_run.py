@@ -136,8 +136,15 @@ def report(table, rows, args):
     yield from table_lines(recipes, args)
     yield ""
     yield "hours +-: how far published runs were from such projections, see below. top-1: %, 224 px, single view."
-    yield "P after: P(>= target) after an acceptance run of 75.8 % or more, whose hours and dollars are not in the row."
-    yield "dollars: set-up, staging, training, evaluation. Not in it: making the betons ($6 once), S3 ($3 a month)."
+    yield (
+        f"P after: P(>= target) after an acceptance run of {top1.ACCEPTED} % or more, whose hours and dollars are not in "
+        "the row."
+    )
+    month = sum(speeds.beton_gb(table, side) for side in costs.LADDER) * table.value("s3_dollars_gb_month")
+    yield (
+        "dollars: set-up, staging, training, evaluation. Not in it: making the betons ($6 once), "
+        f"S3 (${month:.0f} a month)."
+    )
     yield "limit: what sets the pace; memory: the recipe's micro-batch may not fit the GPU."
     yield f"Basis of {best['recipe']} on {best['instance']}: {best['basis']}."
     yield ""
@@ -211,13 +218,14 @@ def two_stages(table, rows, args):
     if not best["both"] or too_old(best):
         return
     (first,) = [row for row in rows if (row["recipe"], row["instance"]) == (top1.ACCEPTANCE, best["instance"])]
-    family, epochs = table.recipe[best["recipe"]]["schedule"], len(costs.read_recipe(path_of(best)).resolutions)
+    family, epochs = table.recipe[best["recipe"]]["schedule"], len(recipe_named(best["recipe"]).resolutions)
     expected = top1.outlook(table, family, epochs)
     passes, _ = top1.acceptance(table, expected, args.target)
     reaches = f"P(>= {args.target:g})"
     yield f"The plan, on one {best['instance']}, {priced(args)}:"
     yield (
-        f"  1. {first['recipe']}: {first['hours']:.0f} h, {money(first)}. Published: 76.19 %; expected here: "
+        f"  1. {first['recipe']}: {first['hours']:.0f} h, {money(first)}. Published: "
+        f"{top1.first_stage(table).published:g} %; expected here: "
         f"{first['top1']:.1f} %."
     )
     yield f"     Go on at {top1.ACCEPTED} % or more: P = {passes:.2f}. Below, find out why first."
@@ -251,21 +259,18 @@ def two_stages(table, rows, args):
     yield ""
 
 
-def path_of(row):
-    return costs.CONFIGS / f"{row['recipe']}.yaml"
+def recipe_named(name):
+    return costs.read_recipe(costs.CONFIGS / f"{name}.yaml")
 
 
 def elsewhere(table, fitted, loader, spread, name, args):
     """The best recipe on machines that are not EC2's."""
     yield ""
     yield f"{name} elsewhere (tools/ does not launch there; betons must be brought)"
-    recipe = costs.read_recipe(costs.CONFIGS / f"{name}.yaml")
-    rows = [
-        projection.project(table, fitted, loader, spread, recipe, machine, args.target)
-        for machine in costs.places(table)
-    ]
+    recipe, places = recipe_named(name), costs.places(table)
+    rows = [projection.project(table, fitted, loader, spread, recipe, place, args.target) for place in places]
     yield f"{'place':<42}{'$/h':>7}{'hours':>7}{'+-':>5}  dollars"
-    for row, machine in sorted(zip(rows, costs.places(table), strict=True), key=lambda pair: pair[0]["dollars"]):
+    for row, machine in sorted(zip(rows, places, strict=True), key=lambda pair: pair[0]["dollars"]):
         yield (
             f"{row['instance']:<42}{machine.dollars_per_hour:>7.2f}{row['hours']:>7.1f}{row['hours_error']:>5.0%}  "
             f"{money(row):<20}{row['notes']}"
@@ -406,8 +411,8 @@ def proposal(rows, args):
     both, first, odds = total(best), "", f"{chance(best):.2f}"
     if best["both"]:
         first = (
-            f" A first stage, `{top1.ACCEPTANCE}`, comes before it: it is published at 76.19 %, and we go on at "
-            f"{top1.ACCEPTED} % or more."
+            f" A first stage, `{top1.ACCEPTANCE}`, comes before it: it is published at "
+            f"{top1.first_stage(costs.read_table()).published:g} %, and we go on at {top1.ACCEPTED} % or more."
         )
         odds += f" after a passed first stage, {best['probability_of_target']:.2f} before it"
     speed = "tools/preflight.py's measurement on it" if args.preflight else "published throughput"

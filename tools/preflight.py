@@ -332,8 +332,7 @@ def staging_speed(source, folder):
 
 def revise(table, cfg, report, rungs, budget):
     """Hours and dollars from what was measured, and go or no-go with the reasons. rungs: all that the recipe reads."""
-    ladder = {side: info.median_short_side for side, info in rungs.items()}
-    priced = costs.recipe_of(report["config"], config.to_dict(cfg), ladder)
+    priced = costs.recipe_of(report["config"], config.to_dict(cfg), loaders.short_sides(rungs))
     machine = costs.measured_machine(report)
     images = {**table.constant["images_train"], "value": float(max(info.num_samples for info in rungs.values()))}
     table = dataclasses.replace(table, constant={**table.constant, "images_train": images})

@@ -66,7 +66,12 @@ def training_rung(rungs, resolution, rung):
         if rung not in rungs:
             raise RunError(f"data.rung={rung} is not among the rungs there are: {', '.join(map(str, rungs))}")
         return rung
-    return schedules.rung(resolution, {side: info.median_short_side for side, info in rungs.items()})
+    return schedules.rung(resolution, short_sides(rungs))
+
+
+def short_sides(rungs):
+    """{max side length: median short side} of the files `rungs`, both in pixels."""
+    return {side: info.median_short_side for side, info in rungs.items()}
 
 
 def validation_rung(rungs, resolution, crop_ratio, *, warn):

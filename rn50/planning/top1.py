@@ -11,8 +11,8 @@ from statistics import NormalDist, fmean, stdev
 
 import numpy as np
 
-# Of the 28-epoch run that comes before the money: what was published for it, and the least that goes on.
-ACCEPTANCE, ACCEPTED = "rn50_mild_28", 75.8
+# The run that comes before the money, and the least top-1 that goes on.
+ACCEPTANCE, ACCEPTANCE_EPOCHS, ACCEPTED = "rn50_mild_28", 28, 75.8
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,19 @@ def reproduction(table):
     return fmean(found), math.sqrt(variance)
 
 
+def first_stage(table):
+    """The Outlook of the acceptance run."""
+    return outlook(table, table.recipe[ACCEPTANCE]["schedule"], ACCEPTANCE_EPOCHS)
+
+
 def acceptance(table, expected, target, *, accepted=ACCEPTED):
     """(P(the acceptance run has `accepted` or more), P(top-1 >= target) of `expected`, an Outlook, where it has).
 
     Both runs are off by the same: what the code does otherwise than the published one. It cannot be seen in one run
     alone, but a bad 28-epoch run makes a bad long one likelier.
     """
-    first = outlook(table, "mild", 28)
-    off = np.linspace(-5, 5, 4001) * expected.shared + expected.bias
+    first = first_stage(table)
+    off = np.linspace(-5, 5, 401) * expected.shared + expected.bias
     weight = np.exp(-(((off - expected.bias) / expected.shared) ** 2) / 2)
     weight /= weight.sum()
     passes = np.array([1 - NormalDist(first.published + b, first.noise).cdf(accepted) for b in off])

@@ -178,7 +178,7 @@ class Session:
                 dollars_per_hour=price * machines,
             )
             refusal, unknown = self.guard.refusal(
-                ladder={side: info.median_short_side for side, info in self.train.rungs.items()},
+                ladder=loaders.short_sides(self.train.rungs),
                 gpu_name=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
                 gpus=self.world_size,
                 machines=machines,

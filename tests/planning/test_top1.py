@@ -64,7 +64,8 @@ def test_an_outlook_by_hand():
 
 def test_the_acceptance_run_by_simulation():
     expected, first = top1.outlook(TABLE, "medium", 94), top1.outlook(TABLE, "mild", 28)
-    assert first.published == 76.19
+    assert first.published == top1.first_stage(TABLE).published == 76.19
+    assert len(RECIPES[top1.ACCEPTANCE].resolutions) == top1.ACCEPTANCE_EPOCHS
     draws = np.random.default_rng(0)
     off = draws.normal(expected.bias, expected.shared, 400_000)
     passed = first.published + off + draws.normal(0, first.noise, off.size) >= 75.8
