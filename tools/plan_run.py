@@ -137,8 +137,8 @@ def report(table, rows, args):
     yield ""
     yield "hours +-: how far published runs were from such projections, see below. top-1: %, 224 px, single view."
     yield (
-        f"P after: P(>= target) after an acceptance run of {top1.ACCEPTED} % or more, whose hours and dollars are not in "
-        "the row."
+        f"P after: P(>= target) after an acceptance run of {top1.ACCEPTED} % or more, whose hours and dollars are not "
+        "in the row."
     )
     month = sum(speeds.beton_gb(table, side) for side in costs.LADDER) * table.value("s3_dollars_gb_month")
     yield (
