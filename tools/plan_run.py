@@ -353,7 +353,7 @@ def draw(rows, args):
         {row["recipe"] for row in rows}, key=lambda name: next(r["top1"] for r in rows if r["recipe"] == name)
     ):
         mine = [row for row in rows if row["recipe"] == name]
-        height = max(mine[0]["top1"], height + 0.13)  # so that no name covers another
+        height = max(mine[0]["top1"], height + 0.16)  # so that no name covers another
         axis.annotate(
             name,
             (max(row["dollars_high" if row in frontier else "dollars"] for row in mine), height),
