@@ -21,6 +21,7 @@ from rn50.machine import commit, cores, processor
 from rn50.training import interruption
 from rn50.training.distributed import LostContact
 
+PROGRESS_SECONDS = 30.0  # between two progress.json
 PACKAGES = ("rn50", "torch", "torchvision", "ffcv", "numpy", "numba", "opencv-python", "fastargs")
 
 
@@ -90,6 +91,7 @@ class RunLog:
 
     def __init__(self, folder, *, config, environment, rows, warn):
         self.folder, self.rows, self._warn, self._failing = Path(folder), rows, warn, False
+        self._noted = time.monotonic()
         self._write("config.yaml", yaml.safe_dump(config, sort_keys=False))
         # a resumed run may be on another machine: keep what each session ran on
         sessions = read_json(self.folder / "environment.json", default=[])
@@ -107,6 +109,16 @@ class RunLog:
         self.rows.append(row)
         self._write_rows()
         self._add_events(row)
+
+    def note_progress(self, progress, *, resolution):
+        """Have progress.json say how far the epoch is and at how many px, for whoever watches from outside."""
+        if time.monotonic() - self._noted < PROGRESS_SECONDS:
+            return
+        self._noted = time.monotonic()
+        names = ("epoch", "epoch_step", "epoch_steps", "images_seen", "seconds")
+        content = {name: getattr(progress, name) for name in names} | {"resolution": resolution}
+        with contextlib.suppress(OSError):  # the log says what the disk refuses
+            write_atomically(self.folder / "progress.json", json.dumps(content) + "\n")
 
     def close(self):
         """Write the rows once more: no later one will make up for one that was refused. RunError if this is, too."""

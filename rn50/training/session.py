@@ -233,7 +233,8 @@ class Session:
         progress = self.progress
         title = f"epoch {progress.epoch + 1}/{self.cfg.training.epochs} {px} px"
         self._stopwatch, self._waiting, self._in_a_row = Stopwatch(), Waiting(self.device), 0
-        self._unproved, self._graphs, self._began = px, graphs(), time.perf_counter()
+        self._px = self._unproved = px
+        self._graphs, self._began = graphs(), time.perf_counter()
         with Bar(title=title, done=progress.epoch_step, total=total, say=self.say, shown=self.rank == 0) as self._bar:
             yield
             # what the GPU was behind the host, which has waited for it in the last step's status
@@ -269,6 +270,8 @@ class Session:
         if self._bar.due() or progress.epoch_step == progress.epoch_steps:
             self._in_a_row = self.learner.finite.in_a_row.item()
             self._bar.state(progress.epoch_step, self._status_line(rate))
+            if self.log:
+                self.log.note_progress(progress, resolution=self._px)
         if self.checkpoints and self.checkpoints.due(
             progress.step, steps=cfg.logging.checkpoint_steps, minutes=cfg.logging.checkpoint_minutes
         ):
