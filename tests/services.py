@@ -18,6 +18,7 @@ class Metadata:
 
     def __init__(self):
         self.notice = self.rebalance = self.trouble = self.instance_id = None
+        self.instance_type, self.market = "g5.2xlarge", "on-demand"
         self.requests = self.tokens_issued = 0
         service = self
 
@@ -45,8 +46,13 @@ class Metadata:
                     "/latest/meta-data/spot/instance-action": service.notice,
                     "/latest/meta-data/events/recommendations/rebalance": service.rebalance,
                 }
-                if self.path == "/latest/meta-data/instance-id":
-                    return self.answer(200, service.instance_id)
+                about = {
+                    "/latest/meta-data/instance-id": service.instance_id,
+                    "/latest/meta-data/instance-type": service.instance_type,
+                    "/latest/meta-data/instance-life-cycle": service.market,
+                }
+                if self.path in about:
+                    return self.answer(200, about[self.path])
                 found = known.get(self.path)
                 self.answer(200 if found else 404, json.dumps(found) if found else "")
 

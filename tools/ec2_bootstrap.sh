@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Sets up an instance that tools/ec2.py launched, as root: packages, betons on the local disk, the fastest settings
-# where the launch asked for them, and a systemd unit that trains. The instance's user data fetched this tree at a
+# where the launch asked for them, and a systemd unit that trains (or converts, where that is what it was launched for). The instance's user data fetched this tree at a
 # pinned commit and wrote etc/rn50.env. A failure is reported to S3 and switches the instance off, which terminates it.
 # RN50_PREFIX=DIR takes DIR for the root of the file system (to try it without an instance): no disk is formatted then.
 set -euo pipefail
@@ -16,6 +16,8 @@ step="start"
 finish() {
     local status=$?
     ((status)) || return 0
+    # switched off from outside, as AWS does with a spot instance that it takes away: that is no failure of ours
+    if [[ $(systemctl is-system-running) == stopping ]]; then return 0; fi
     echo "error: setting up failed at: $step"
     "$python" -m rn50.cloud.supervise give-up --reason "setting up failed at: $step" || {
         # Without packages nothing but the aws command can tell.

@@ -5,10 +5,11 @@ import json
 from pathlib import Path
 
 from rn50.cloud import store as cloud
-from rn50.cloud.aws import ADVICE, TAG, aws_errors, once_ready, tags
+from rn50.cloud.aws import ADVICE, TAG, aws_errors, command, once_ready, tags
 from rn50.errors import RunError
 
 AMI_PARAMETER = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"
+UBUNTU_PARAMETER = "/aws/service/canonical/ubuntu/server/24.04/stable/current/amd64/hvm/ebs-gp3/ami-id"
 POLICIES = Path(__file__).with_name("policies.json")
 # Service Quotas codes of vCPU limits, by family and market.
 QUOTAS = {
@@ -18,7 +19,10 @@ QUOTAS = {
     ("p", True): "L-7212CCBC",
     ("p5", False): "L-417A185B",
     ("p5", True): "L-C4BD4855",
+    ("standard", False): "L-1216C47A",
+    ("standard", True): "L-34B43A08",
 }
+STANDARD = "acdhimrtz"
 # The image's open kernel module begins with Turing; these have older GPUs.
 TOO_OLD = ("g3", "p2", "p3")
 
@@ -59,18 +63,11 @@ def check_region(aws, args):
 
 
 def check_quota(aws, args):
-    family = (
-        "g" if args.instance.startswith(("g", "vt")) else "p5" if args.instance.startswith("p5") else args.instance[0]
-    )
-    code = QUOTAS.get((family, args.spot))
-    needed = aws.published.vcpus(args.instance)
+    needed, (what, code) = aws.published.vcpus(args.instance), quota_code(args.instance, args.spot)
     if code is None or needed is None:
         return f"not checked: no quota is known here for {args.instance}"
-    what = f"{'spot' if args.spot else 'on-demand'} {family.upper()} instances"
-    quotas = aws.client("service-quotas")
-    try:
-        value = quotas.get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
-    except quotas.exceptions.NoSuchResourceException:  # only a default is there, which the account may not have
+    value = quota_of(aws, args.instance, args.spot)
+    if value is None:  # only a default is there, which the account may not have
         return f"not checked: AWS keeps no value of {what} for this account; see Service Quotas, {code}"
     if value < needed:
         raise RunError(
@@ -79,6 +76,24 @@ def check_quota(aws, args):
             f"{code} --desired-value {needed} --region {aws.region}"
         )
     return f"{value:.0f} vCPUs of {what}, {args.instance} takes {needed}"
+
+
+def quota_code(instance, spot):
+    """(what, code) of the vCPU quota that an instance type counts to; the code is None where none is known."""
+    first = instance[0]
+    family = "g" if instance.startswith(("g", "vt")) else "p5" if instance.startswith("p5") else first
+    family = "standard" if first in STANDARD else family
+    return f"{'spot' if spot else 'on-demand'} {family.upper()} instances", QUOTAS.get((family, spot))
+
+
+def quota_of(aws, instance, spot):
+    """vCPUs that the account may have of the instance's kind, or None where AWS does not say."""
+    _, code = quota_code(instance, spot)
+    quotas = aws.client("service-quotas")
+    try:
+        return code and quotas.get_service_quota(ServiceCode="ec2", QuotaCode=code)["Quota"]["Value"]
+    except quotas.exceptions.NoSuchResourceException:
+        return None
 
 
 def check_image(aws, args):
@@ -115,6 +130,14 @@ def check_bucket(aws, args):
 
 
 def check_betons(aws, args):
+    if not cloud.objects(aws.client("s3"), aws.bucket, f"{cloud.BETONS}/"):
+        quota = quota_of(aws, "c6id.4xlarge", spot=False)
+        if quota is not None and quota < 8:
+            raise RunError(
+                f"none yet, and {quota:.0f} vCPUs of on-demand standard instances are too few to convert: ask for 16 "
+                f"of quota {QUOTAS['standard', False]}, or upload what write_dataset.py makes elsewhere"
+            )
+        return f"none yet: {command(aws, 'convert')} --from hf makes them (docs/ec2.md)"
     found = betons(aws, None)
     return f"{', '.join(name for name in found if name.endswith('.beton'))} ({sum(found.values()) / 1e9:.1f} GB)"
 
@@ -125,15 +148,17 @@ def betons(aws, rung):
     return {name: found[name] for name in cloud.wanted_betons(found, rung)}
 
 
-def find_image(aws, args):
-    """The image to start: --ami, or the newest Deep Learning Base image; a dict of EC2's."""
+def find_image(aws, args, parameter=AMI_PARAMETER):
+    """The image to start: --ami, or the newest that `parameter` names; a dict of EC2's."""
     ami, ssm, ec2 = args.ami, aws.client("ssm"), aws.client("ec2")
     advice = "name one of that region with --ami: a Deep Learning Base AMI with NVIDIA's driver, Ubuntu 24.04, x86"
+    if parameter == UBUNTU_PARAMETER:
+        advice = "name one of that region with --ami: Ubuntu 24.04, x86"
     if ami is None and args.instance.startswith(TOO_OLD):
         raise RunError(f"the default image's NVIDIA driver does not know the GPU of {args.instance}: {advice}")
     if ami is None:
         try:
-            ami = ssm.get_parameter(Name=AMI_PARAMETER)["Parameter"]["Value"]
+            ami = ssm.get_parameter(Name=parameter)["Parameter"]["Value"]
         except ssm.exceptions.ParameterNotFound:
             raise RunError(f"{aws.region} does not say which image is the newest: {advice}") from None
     try:
@@ -185,19 +210,37 @@ def security_group(aws, zones):
 
 
 def role_name(bucket):
-    """The name of the role and of its profile for a bucket."""
+    """The name of a bucket's role and of its profile, its topic, and what its groups' names begin with."""
     return f"rn50-{hashlib.sha256(bucket.encode()).hexdigest()[:10]}"
 
 
-def policy(kind, bucket):
-    """The policy document `instance` or `user` of policies.json, for a bucket."""
-    text = json.dumps(json.loads(POLICIES.read_text())[kind])
-    return text.replace("BUCKET", bucket)
+def converter_name(bucket):
+    """The name of the role that converts: it may write the betons, which no training needs to."""
+    return f"{role_name(bucket)}-convert"
 
 
-def instance_profile(aws):
-    """The role that may use the bucket's part and Session Manager, and its profile, made once; its name."""
-    iam, name = aws.client("iam"), role_name(aws.bucket)
+def secret_name(bucket):
+    """The SSM parameter that holds a conversion's token while it lasts."""
+    return f"/rn50/{role_name(bucket)}/conversion"
+
+
+def policy(kind, bucket, source=None):
+    """The policy document `instance`, `converter` or `user` of policies.json, for a bucket.
+
+    source: bucket/prefix that a conversion reads, where it does not read from the web.
+    """
+    document = json.loads(POLICIES.read_text())[kind]
+    if kind == "converter" and source is None:
+        document["Statement"] = [s for s in document["Statement"] if not s["Sid"].startswith("TheOrigin")]
+    text = json.dumps(document).replace("BUCKET", bucket).replace("ROLE", role_name(bucket))
+    origin, _, prefix = (source or "").partition("/")
+    return text.replace("SOURCE/PREFIX", f"{origin}/{prefix}").replace("SOURCE", origin)
+
+
+def instance_profile(aws, record):
+    """The role of a run's instances and its profile, made once; its name."""
+    converts = record.get("kind") == "conversion"
+    iam, name = aws.client("iam"), (converter_name if converts else role_name)(aws.bucket)
     trust = {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
     trust = json.dumps({"Version": "2012-10-17", "Statement": [trust]})
     try:
@@ -205,7 +248,7 @@ def instance_profile(aws):
     except iam.exceptions.NoSuchEntityException:
         iam.create_role(RoleName=name, AssumeRolePolicyDocument=trust, Tags=tags(TAG))
         aws.note(f"role {name}")
-    document = policy("instance", aws.bucket)
+    document = policy("converter" if converts else "instance", aws.bucket, record.get("source"))
     once_ready(iam.put_role_policy, "NoSuchEntity", RoleName=name, PolicyName="rn50", PolicyDocument=document)
     try:
         profile = iam.get_instance_profile(InstanceProfileName=name)["InstanceProfile"]

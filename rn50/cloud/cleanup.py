@@ -4,8 +4,9 @@ import contextlib
 import time
 from functools import partial
 
+from rn50.cloud import group
 from rn50.cloud import store as cloud
-from rn50.cloud.account import check_bucket, role_name
+from rn50.cloud.account import check_bucket, converter_name, role_name, secret_name
 from rn50.cloud.aws import ALIVE, command, instances_of, once_ready, pause
 from rn50.cloud.status import known_run
 from rn50.errors import RunError
@@ -14,26 +15,39 @@ STOP_PATIENCE = 240  # seconds
 
 
 def stop(aws, args):
-    """Let the run write its checkpoint, and end the instance."""
+    """Let the run write its checkpoint, and end the instance, and the group that would bring another."""
     store, record = known_run(aws, args)
-    alive = instances_of(aws, args.run)
-    if not alive:
+    alive, groups = instances_of(aws, args.run), group.found(aws, args.run)
+    if not alive and not any(group.may_launch(each) for each in groups):
+        group.remove(aws, groups)
         print(f"{args.run} has no instance")
         return
+    # from here on nothing is replaced, whatever becomes of the rest
+    for each in groups:
+        suspended = {"AutoScalingGroupName": each["AutoScalingGroupName"], "ScalingProcesses": ["Launch"]}
+        aws.client("autoscaling").suspend_processes(**suspended)
     store.write("stop", {"asked": time.time()})
-    name = alive[0]["InstanceId"]
+    if alive:
+        wait_for_checkpoint(aws, args, store, alive[0]["InstanceId"])
+    group.remove(aws, groups)
+    alive = instances_of(aws, args.run)
+    if alive:
+        aws.client("ec2").terminate_instances(InstanceIds=[i["InstanceId"] for i in alive])
+    again = command(aws, "convert") if record.get("kind") else command(aws, "resume", args.run)
+    print(f"terminated. Go on with: {again}")
+
+
+def wait_for_checkpoint(aws, args, store, name):
+    """Wait until the instance says that it has stopped, or for as long as that may take."""
     print(f"asked {name} to save a checkpoint and end; waiting for it, at most {STOP_PATIENCE} s")
     give_up = time.monotonic() + STOP_PATIENCE
     while time.monotonic() < give_up and instances_of(aws, args.run, states=("running",)):
         found = store.read(f"instances/{name}.json") or {}
-        if found.get("state") in ("stopped", "finished", "budget", "failed", "interrupted"):
+        if found.get("state") in cloud.GONE:
             print(f"{name} has stopped: {found.get('reason')}")
-            break
+            return
         pause()
-    else:
-        print("it did not answer; terminating it. What the bucket has is the last mirrored checkpoint")
-    aws.client("ec2").terminate_instances(InstanceIds=[i["InstanceId"] for i in alive])
-    print(f"terminated. Go on with: {command(aws, 'resume', args.run)}")
+    print("it did not answer; terminating it. What the bucket has is the last mirrored checkpoint")
 
 
 def clean(aws, args):
@@ -58,6 +72,10 @@ def find_everything(aws, data):
     """[(text, function that removes it)] in an order that works."""
     ec2, iam, s3 = aws.client("ec2"), aws.client("iam"), aws.client("s3")
     things = []
+    groups = group.found(aws)
+    if groups:  # first: they would launch again what is terminated
+        listed = ", ".join(each["AutoScalingGroupName"] for each in groups)
+        things.append((f"Auto Scaling groups {listed}, with their launch templates", lambda: group.remove(aws, groups)))
     alive = instances_of(aws, states=(*ALIVE, "shutting-down"))
     if alive:
         ids = [i["InstanceId"] for i in alive]
@@ -68,21 +86,22 @@ def find_everything(aws, data):
 
         things.append((f"instances {', '.join(ids)}", end_instances))
     ours = [{"Name": "tag:project", "Values": ["rn50"]}]
-    free = [*ours, {"Name": "status", "Values": ["available"]}, {"Name": "tag:rn50-bucket", "Values": [aws.bucket]}]
+    free = [*ours, {"Name": "status", "Values": ["available"]}, of_bucket(aws)]
     for volume in ec2.describe_volumes(Filters=free)["Volumes"]:
         name = volume["VolumeId"]
         things.append((f"volume {name}", lambda name=name: ec2.delete_volume(VolumeId=name)))
-    for group in ec2.describe_security_groups(Filters=ours)["SecurityGroups"]:
+    for firewall in ec2.describe_security_groups(Filters=ours)["SecurityGroups"]:
         # it cannot go before the network interfaces of its last instance have
-        delete = partial(once_ready, ec2.delete_security_group, "DependencyViolation", GroupId=group["GroupId"])
-        things.append((f"security group {group['GroupId']}", delete))
-    role = role_name(aws.bucket)
-    with contextlib.suppress(iam.exceptions.NoSuchEntityException):
-        profile = iam.get_instance_profile(InstanceProfileName=role)["InstanceProfile"]
-        things.append((f"instance profile {role}", lambda: delete_profile(iam, role, profile["Roles"])))
-    with contextlib.suppress(iam.exceptions.NoSuchEntityException):
-        iam.get_role(RoleName=role)
-        things.append((f"role {role}", lambda: delete_role(iam, role)))
+        delete = partial(once_ready, ec2.delete_security_group, "DependencyViolation", GroupId=firewall["GroupId"])
+        things.append((f"security group {firewall['GroupId']}", delete))
+    with_groups = {group.template_of(each) for each in groups}
+    for template in ec2.describe_launch_templates(Filters=[*ours, of_bucket(aws)])["LaunchTemplates"]:
+        name = template["LaunchTemplateName"]
+        if name not in with_groups:
+            things.append((f"launch template {name}", partial(ec2.delete_launch_template, LaunchTemplateName=name)))
+    for role in (role_name(aws.bucket), converter_name(aws.bucket)):
+        things += role_and_profile(iam, role)
+    things += secret_and_topic(aws)
     uploads = s3.list_multipart_uploads(Bucket=aws.bucket, Prefix=f"{cloud.PREFIX}/").get("Uploads", [])
     for upload in uploads:
         key, number = upload["Key"], upload["UploadId"]
@@ -102,6 +121,39 @@ def find_everything(aws, data):
 
         things += [(text, delete_objects)] if found else []
     return things
+
+
+def of_bucket(aws):
+    return {"Name": "tag:rn50-bucket", "Values": [aws.bucket]}
+
+
+def role_and_profile(iam, role):
+    """What there is of a role and its profile, as `find_everything` lists things."""
+    with contextlib.suppress(iam.exceptions.NoSuchEntityException):
+        profile = iam.get_instance_profile(InstanceProfileName=role)["InstanceProfile"]
+        yield f"instance profile {role}", lambda: delete_profile(iam, role, profile["Roles"])
+    with contextlib.suppress(iam.exceptions.NoSuchEntityException):
+        iam.get_role(RoleName=role)
+        yield f"role {role}", lambda: delete_role(iam, role)
+
+
+def secret_and_topic(aws):
+    """A conversion's token that was left behind, and the topic of the mails."""
+    ssm, sns, name = aws.client("ssm"), aws.client("sns"), secret_name(aws.bucket)
+    record = aws.store(cloud.CONVERSION).read("launch.json") or {}
+    if record.get("secret") and (aws.store(cloud.CONVERSION).read("ended") or {}).get("state") != "finished":
+
+        def delete_secret():
+            with contextlib.suppress(ssm.exceptions.ParameterNotFound):
+                ssm.delete_parameter(Name=name)
+
+        yield f"SSM parameter {name}", delete_secret
+    runs = {
+        key.split("/")[0] for key in cloud.objects(aws.client("s3"), aws.bucket, f"{cloud.RUNS}/", f"{cloud.RUNS}/")
+    }
+    topics = {(aws.store(run).read("launch.json") or {}).get("notify") for run in runs} - {None}
+    for topic in sorted(topics):
+        yield f"topic {topic}", partial(sns.delete_topic, TopicArn=topic)
 
 
 def delete_profile(iam, name, roles):

@@ -1,5 +1,10 @@
-"""An instance for a run: the plan, the request, the script of its first start, and another one that goes on."""
+"""An instance for a run: the plan, the request, the script of its first start, and another one that goes on.
 
+On demand it is one request, whose refusal is told at once. A spot instance is launched by a group, which brings another
+one when it is taken away (rn50/cloud/group.py).
+"""
+
+import base64
 import hashlib
 import json
 import shlex
@@ -7,9 +12,24 @@ import subprocess
 import time
 from pathlib import Path
 
+from rn50.cloud import group, mail
 from rn50.cloud import store as cloud
-from rn50.cloud.account import betons, check_bucket, find_image, instance_profile, security_group, subnets
-from rn50.cloud.aws import ANY, PROFILE_PATIENCE, ROOT, TAG, command, explain_any, instances_of, pause, tags
+from rn50.cloud.account import betons, check_bucket, find_image, instance_profile, quota_of, security_group, subnets
+from rn50.cloud.aws import (
+    ANY,
+    NO_ROOM,
+    PROFILE_PATIENCE,
+    ROOT,
+    TAG,
+    advice_in,
+    command,
+    explain_any,
+    instances_of,
+    not_known_yet,
+    once_ready,
+    pause,
+    tags,
+)
 from rn50.cloud.status import known_run, read_config, refuse_second
 from rn50.errors import RunError, UsageError
 
@@ -20,24 +40,28 @@ ROOT_GIB, ROOM_GIB = 100, 40
 DISK_SHARE = 0.95
 # Setting up compiles ffcv and copies the betons: longer than this, it hangs.
 SETUP_MINUTES = 120
-NO_ROOM = ("InsufficientInstanceCapacity", "SpotMaxPriceTooLow", "Unsupported", "InsufficientFreeAddressesInSubnet")
+# How long a launch waits for its group's first instance.
+GROUP_SECONDS = 180
 
 
 def launch(aws, args):
     """A new run on a new instance."""
     config = read_config(args.config)
     run = cloud.check_name("the run's name", args.run or config.get("logging", {}).get("run_name"))
+    if run == cloud.CONVERSION:
+        raise UsageError(f"{run} is what the conversion is called: give this run another --run")
     store = aws.store(run)
     before = store.read("launch.json")
     refuse_second(aws, run)
-    if before and before["instance_id"]:
+    known = before and (before["instance_id"] or next((r["instance_id"] for r in store.instances()), None))
+    if known:
         raise RunError(
-            f"{run} was launched before ({before['instance_id']}): go on with it by {command(aws, 'resume', run)}, "
+            f"{run} was launched before ({known}): go on with it by {command(aws, 'resume', run)}, "
             "or give this one another --run"
         )
-    for setting in args.set:
-        if "=" not in setting or setting.startswith("-"):
-            raise UsageError(f"--set {setting} is not of the form section.key=value")
+    check_settings(args.set)
+    if args.fallback and not args.spot:
+        raise UsageError("--fallback on-demand is for --spot")
     record = {
         "run": run,
         "bucket": aws.bucket,
@@ -50,15 +74,29 @@ def launch(aws, args):
         "spot": args.spot,
         "budget": args.budget,
         "idle_minutes": args.idle_minutes,
+        "min_speed": args.min_speed,
+        "patience_hours": args.patience_hours,
+        "replacements": args.replacements,
+        "fallback": args.fallback,
+        "notify": args.notify and mail.address(args.notify),
         "attempt": 1,
         "instance_id": None,
     }
     start(aws, args, store, record, config)
 
 
+def check_settings(settings):
+    """UsageError unless each is of the form section.key=value."""
+    for setting in settings:
+        if "=" not in setting or setting.startswith("-"):
+            raise UsageError(f"--set {setting} is not of the form section.key=value")
+
+
 def resume(aws, args):
     """Another instance for the run, which goes on from the checkpoint in the bucket."""
     store, record = known_run(aws, args)
+    if args.run == cloud.CONVERSION:
+        raise UsageError(f"a conversion goes on with: {command(aws, 'convert')}")
     refuse_second(aws, args.run)
     found = store.read("status.json") or {}
     if found.get("status") == "finished":
@@ -69,6 +107,9 @@ def resume(aws, args):
     record["budget"] = args.budget or record["budget"]
     record["instance"] = args.instance or record["instance"]
     record["spot"] = record["spot"] if args.on_demand is None else not args.on_demand
+    for key in ("fallback", "patience_hours", "replacements"):
+        if getattr(args, key) is not None:
+            record[key] = getattr(args, key)
     args.instance, args.spot = record["instance"], record["spot"]
     spent = cloud.dollars(store.instances())
     if spent >= record["budget"]:
@@ -85,7 +126,6 @@ def start(aws, args, store, record, config):
     record["dollars_per_hour"] = max(prices.values())
     spent = cloud.dollars(store.instances())
     text, projected = aws.published.projection(record, config)
-    print("\n".join(plan_lines(record, prices, source, spent, image, text)))
     if projected and not spent and projected > record["budget"]:
         raise RunError(
             f"the run is projected to cost ${projected:.2f} of a budget of ${record['budget']:.2f}, and the training "
@@ -94,6 +134,11 @@ def start(aws, args, store, record, config):
     # a set-up that is paid for would end without them, or without room for them
     copied = betons(aws, cloud.rung_of(record, config))
     gigabytes = sum(copied.values()) / 1e9
+    record["dollars_on_demand"] = on_demand_price(aws, record["instance"])
+    record["types"] = spot_types(aws, record, zones, gigabytes, max(prices.values())) if record["spot"] else {}
+    record["dollars_per_hour"] = max([*record["types"].values(), *prices.values()])
+    record["expected"] = aws.published.expected(record, config)
+    print("\n".join(plan_lines(record, prices, source, spent, image, text)))
     print(f"copies {', '.join(name for name in copied if name.endswith('.beton'))}, {gigabytes:.3g} GB")
     disk = aws.published.disk_gb(record["instance"])
     if disk and gigabytes > disk * DISK_SHARE:
@@ -101,17 +146,39 @@ def start(aws, args, store, record, config):
             f"the betons of this run take {gigabytes:.3g} GB and {record['instance']} has a disk of {disk:.3g} GB: "
             "choose another --instance, or one size for all epochs with --set data.rung=400"
         )
-    if not args.yes and input("Type yes to launch: ").strip() != "yes":
+    ask(args, "launch")
+    begin(aws, store, record, image, zones, prices, spent)
+
+
+def ask(args, what):
+    """RunError unless a person says yes."""
+    if not args.yes and input(f"Type yes to {what}: ").strip() != "yes":
         raise RunError("nothing was launched")
+
+
+def begin(aws, store, record, image, zones, prices, spent):
+    """Make what is missing, then the instance, or the group that makes it. Nothing of an earlier attempt is left."""
+    record["attempt_started"] = time.time()
+    earlier = group.found(aws, record["run"])
+    if earlier and record["attempt"] == (store.read("launch.json") or {}).get("attempt"):
+        record["attempt"] += 1  # a group that is being deleted keeps its name for minutes
+    record["groups"] = (
+        group.names(aws.bucket, record["run"], record["attempt"], record["fallback"]) if record["spot"] else []
+    )
     try:
         if not record.get("code_sha256"):
             record["code_sha256"] = upload_code(aws, record["commit"])
-        aws.client("s3").delete_object(Bucket=aws.bucket, Key=f"{store.prefix}/stop")
-        group = security_group(aws, zones)
-        profile = instance_profile(aws)
+        for word in ("stop", "ended"):
+            aws.client("s3").delete_object(Bucket=aws.bucket, Key=f"{store.prefix}/{word}")
+        group.remove(aws, earlier)
+        firewall = security_group(aws, zones)
+        profile = instance_profile(aws, record)
+        if record.get("notify") and "@" in record["notify"]:
+            record["notify"] = mail.subscribe(aws, record["notify"])
         store.write("launch.json", record)  # before the instance, which reads it
-        instance = run_instance(aws, record, image, zones, prices, group, profile, spent)
-        record["instance_id"] = instance["InstanceId"]
+        common = common_request(record, image, firewall, profile, spent, aws.published.disk_gb(record["instance"]))
+        instance = (run_group if record["spot"] else run_instance)(aws, record, common, zones, prices)
+        record["instance_id"] = instance and instance["InstanceId"]
         store.write("launch.json", record)
     except Exception as error:
         reason = explain_any(error)
@@ -119,19 +186,23 @@ def start(aws, args, store, record, config):
         raise RunError(
             f"{reason}. There is now: {there}. Repeat the command to go on, or remove it with: {command(aws, 'clean')}"
         ) from None
-    wait_until_shown(aws, record)
-    print(f"{instance['InstanceId']} starts in {instance['Placement']['AvailabilityZone']}. Next:")
-    print(f"  watch    {command(aws, 'status', record['run'])}")
-    print(f"  a shell  aws ssm start-session --target {instance['InstanceId']} --region {aws.region}")
+    if instance:
+        wait_until_shown(aws, record)
+        print(f"{instance['InstanceId']} starts in {instance['Placement']['AvailabilityZone']}. Next:")
+    print(f"  watch    {command(aws, 'status', record['run'])} --watch")
+    if instance:
+        print(f"  a shell  aws ssm start-session --target {instance['InstanceId']} --region {aws.region}")
 
 
 def plan_lines(record, prices, source, spent, image, projected):
     market = "spot" if record["spot"] else "on demand"
     hours = record["budget"] / record["dollars_per_hour"]
-    yield f"run {record['run']}: {record['config']} {' '.join(record['settings'])} at commit {record['commit'][:12]}"
-    low, high = min(prices.values()), max(prices.values())
+    yield f"{record['run']}: {record['config']} at {record['commit'][:12]} {' '.join(record['settings'])}".rstrip()
+    every = [*prices.values(), *record["types"].values()]
+    low, high = min(every), max(every)
     price = f"${high:.3f}/h" if low == high else f"${low:.3f} to ${high:.3f}/h"
-    yield f"on one {record['instance']}, {market}, {record['region']}, image {image['ImageId']}: {price} ({source})"
+    types = " or ".join(record["types"] or [record["instance"]])
+    yield f"on one {types}, {market}, {record['region']}, image {image['ImageId']}: {price} ({source})"
     yield projected
     if record.get("tune"):
         yield "precision and torch.compile as tools/preflight.py finds them fastest there, in about five minutes"
@@ -141,17 +212,24 @@ def plan_lines(record, prices, source, spent, image, projected):
         + "; the instance terminates itself then, at the end of the run, or after "
         f"{record['idle_minutes']:.0f} minutes without progress"
     )
+    if record["spot"]:
+        after = f"{record['patience_hours']:g} h without an instance that is well"
+        then = (
+            f"one on demand takes over at ${record['dollars_on_demand'] or 0:.3f}/h"
+            if record["fallback"]
+            else "it ends"
+        )
+        yield (
+            f"what AWS takes away it replaces, at most {record['replacements']} times; after {after}, {then}. "
+            "The group cannot go on longer, even if everything of ours fails"
+        )
     yield "made where missing, tagged project=rn50: a security group without open ports, a role and its profile"
 
 
 def hourly_prices(aws, instance, spot, zones):
     """({zone: dollars an hour}, where they are from): spot prices of now, or the on-demand price."""
     if spot:
-        history = aws.client("ec2").describe_spot_price_history(
-            InstanceTypes=[instance], ProductDescriptions=["Linux/UNIX"], StartTime=time.time()
-        )["SpotPriceHistory"]
-        latest = {entry["AvailabilityZone"]: float(entry["SpotPrice"]) for entry in reversed(history)}
-        prices = {zone: latest[zone] for zone in zones if latest.get(zone)}
+        prices = spot_prices(aws, [instance], zones).get(instance)
         if prices:
             return prices, "spot prices of now"
     else:
@@ -163,6 +241,59 @@ def hourly_prices(aws, instance, spot, zones):
         raise RunError(f"no price is known for {instance}{', spot' if spot else ''} in {aws.region}")
     price, date = known
     return {zone: price for zone in zones}, f"rn50/planning/costs.csv, {date}, us-east-1: check it"
+
+
+def spot_prices(aws, instances, zones):
+    """{type: {zone: dollars an hour}} of now, for those of the types and zones that have a price."""
+    history = aws.client("ec2").describe_spot_price_history(
+        InstanceTypes=instances, ProductDescriptions=["Linux/UNIX"], StartTime=time.time()
+    )["SpotPriceHistory"]
+    prices = {}
+    for entry in reversed(history):  # newest first
+        if entry["AvailabilityZone"] in zones and float(entry["SpotPrice"]):
+            prices.setdefault(entry["InstanceType"], {})[entry["AvailabilityZone"]] = float(entry["SpotPrice"])
+    return prices
+
+
+def spot_types(aws, record, zones, gigabytes, own_price):
+    """{type: dollars an hour, of its dearest zone}: what may stand in for the type that was asked for.
+
+    Those of its family with the same GPUs and at least its vCPUs, memory and room for `gigabytes`, which the account's
+    quota allows and whose spot price is below the on-demand price of what was asked for: spot is there to save.
+    """
+    asked, ec2, limit = record["instance"], aws.client("ec2"), record["dollars_on_demand"]
+    types = {asked: own_price}
+    family = f"{asked.partition('.')[0]}.*"
+    pages = ec2.get_paginator("describe_instance_types").paginate(
+        Filters=[{"Name": "instance-type", "Values": [family]}]
+    )
+    found = {each["InstanceType"]: each for page in pages for each in page["InstanceTypes"]}
+    if asked not in found or limit is None:
+        return types
+    quota = quota_of(aws, asked, spot=True)
+
+    def size(name):
+        info = found[name]
+        gpus = [(gpu["Name"], gpu["Count"]) for gpu in info.get("GpuInfo", {}).get("Gpus", [])]
+        disk = info.get("InstanceStorageInfo", {}).get("TotalSizeInGB", 0)
+        return gpus, info["VCpuInfo"]["DefaultVCpus"], info["MemoryInfo"]["SizeInMiB"], disk
+
+    gpus, vcpus, memory, disk = size(asked)
+    larger = [
+        name
+        for name in found
+        if name != asked and (theirs := size(name))[0] == gpus and theirs[1] >= vcpus and theirs[2] >= memory
+        and (theirs[3] * DISK_SHARE >= gigabytes or not disk) and (quota is None or theirs[1] <= quota)
+    ]  # fmt: skip
+    prices = spot_prices(aws, larger, zones) if larger else {}
+    highest = {name: max(by_zone.values()) for name, by_zone in prices.items()}
+    return types | {name: price for name, price in sorted(highest.items(), key=lambda p: p[1]) if price < limit}
+
+
+def on_demand_price(aws, instance):
+    """On-demand dollars an hour of an instance type, or None where nobody says."""
+    known = aws.published.price(instance, False)
+    return listed_price(aws, instance) or (known and known[0])
 
 
 def listed_price(aws, instance):
@@ -217,26 +348,20 @@ def upload_code(aws, commit):
     return digest
 
 
-def run_instance(aws, record, image, zones, prices, group, profile, spent):
+def run_instance(aws, record, common, zones, prices):
     """Start the instance in the cheapest zone that has room."""
     ec2, refused = aws.client("ec2"), []
     for zone in sorted(prices, key=lambda zone: (prices[zone], zone)):
-        record["dollars_per_hour"] = prices[zone]
-        aws.store(record["run"]).write("launch.json", record)
         give_up = time.monotonic() + PROFILE_PATIENCE
         while True:
-            subnet, disk_gb = zones[zone]["SubnetId"], aws.published.disk_gb(record["instance"])
-            request = instance_request(record, image, subnet, group, profile, spent, disk_gb)
             try:
+                request = instance_request(record, common, zones[zone]["SubnetId"])
                 instance = ec2.run_instances(**request)["Instances"][0]
                 aws.note(f"instance {instance['InstanceId']}")
                 return instance
             except ec2.exceptions.ClientError as error:
                 code = error.response["Error"]["Code"]
-                not_known_yet = code == "InvalidGroup.NotFound" or (
-                    code == "InvalidParameterValue" and "rofile" in str(error)
-                )
-                if not_known_yet and time.monotonic() < give_up:
+                if not_known_yet(error) and time.monotonic() < give_up:
                     pause()
                     continue
                 if code == "IdempotentInstanceTerminated":  # an earlier try's, which nobody noted
@@ -248,18 +373,68 @@ def run_instance(aws, record, image, zones, prices, group, profile, spent):
                 break
     raise RunError(
         f"no zone has a {record['instance']} now ({'; '.join(refused)}): try later, another --instance or --region"
-        + (", or without --spot" if record["spot"] else "")
     )
 
 
-def instance_request(record, image, subnet, group, profile, spent, disk_gb):
-    """What RunInstances is asked for. The token makes a repeated request give the same instance.
+def run_group(aws, record, common, zones, prices):
+    """Make the group, and wait a while for its first instance; None where AWS has no room for one yet."""
+    ec2, scaling, name = aws.client("ec2"), aws.client("autoscaling"), record["groups"][0]
+    template = launch_template(record, common)
+    ec2.create_launch_template(LaunchTemplateName=name, LaunchTemplateData=template, TagSpecifications=[
+        {"ResourceType": "launch-template", "Tags": marks_of(record)}])  # fmt: skip
+    aws.note(f"launch template {name}")
+    once_ready(
+        group.create,
+        not_known_yet,
+        client=scaling,
+        groups=record["groups"],
+        template=name,
+        subnets=[zone["SubnetId"] for zone in zones.values()],
+        types=list(record["types"]),
+        most=record["dollars_on_demand"],
+        instance=record["instance"],
+        marks=marks_of(record),
+        patience_hours=record["patience_hours"],
+        now=time.time(),
+    )
+    for each in record["groups"]:
+        aws.note(f"Auto Scaling group {each}")
+    give_up, told = time.monotonic() + GROUP_SECONDS, ""
+    while True:
+        alive = instances_of(aws, record["run"])
+        if alive:
+            return alive[0]
+        (made,) = [g for g in group.found(aws, record["run"]) if g["AutoScalingGroupName"] == name]
+        failed = group.refusals(aws, made)
+        for _, message in failed:
+            if advice := advice_in(message):
+                group.remove(aws, group.found(aws, record["run"]))
+                aws.made[:] = [thing for thing in aws.made if name not in thing]
+                raise RunError(f"AWS does not launch it ({message.rstrip('. ')}): {advice}")
+        if failed and failed[0][1] != told:
+            told = failed[0][1]
+            print(f"  no instance yet: {told}")
+        if time.monotonic() > give_up:
+            break
+        pause()
+    otherwise = "one on demand takes over" if record["fallback"] else "the group ends"
+    print(
+        "AWS has no instance now. The group goes on asking in every zone, for free; after "
+        f"{record['patience_hours']:g} h {otherwise}. status says more; stop ends it"
+    )
+    return None
 
-    disk_gb: of the instance's own disks, None or 0 where it has none.
 
-    EC2 keeps the token of a request that it refused, too, and refuses another request with it: price and image change.
+def marks_of(record):
+    return tags({**TAG, "Name": f"rn50-{record['run']}", "rn50-run": record["run"], "rn50-bucket": record["bucket"]})
+
+
+def common_request(record, image, firewall, profile, spent, disk_gb):
+    """What RunInstances and a launch template are both asked for.
+
+    firewall: the security group's id; spent: dollars of earlier instances; disk_gb: of the instance's own disks, None
+    or 0 where it has none.
     """
-    marks = tags({**TAG, "Name": f"rn50-{record['run']}", "rn50-run": record["run"], "rn50-bucket": record["bucket"]})
     device = image.get("RootDeviceName", "/dev/sda1")
     smallest = max((m.get("Ebs", {}).get("VolumeSize", 0) for m in image.get("BlockDeviceMappings", [])), default=0)
     disk = {
@@ -268,27 +443,34 @@ def instance_request(record, image, subnet, group, profile, spent, disk_gb):
         "Encrypted": True,
         "DeleteOnTermination": True,
     }
-    request = {
+    return {
         "ImageId": image["ImageId"],
         "InstanceType": record["instance"],
-        "MinCount": 1,
-        "MaxCount": 1,
         # without a public address neither S3 nor Session Manager is reached; a subnet may be set to give none
-        "NetworkInterfaces": [
-            {"DeviceIndex": 0, "SubnetId": subnet, "Groups": [group], "AssociatePublicIpAddress": True}
-        ],
+        "NetworkInterfaces": [{"DeviceIndex": 0, "Groups": [firewall], "AssociatePublicIpAddress": True}],
         "IamInstanceProfile": {"Name": profile},
         "InstanceInitiatedShutdownBehavior": "terminate",
         "MetadataOptions": {"HttpTokens": "required", "HttpEndpoint": "enabled", "HttpPutResponseHopLimit": 2},
         "BlockDeviceMappings": [{"DeviceName": device, "Ebs": disk}],
-        "TagSpecifications": [{"ResourceType": kind, "Tags": marks} for kind in ("instance", "volume")],
+        "TagSpecifications": [{"ResourceType": kind, "Tags": marks_of(record)} for kind in ("instance", "volume")],
         "UserData": user_data(record, spent),
     }
-    if record["spot"]:
-        options = {"SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}
-        request["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": options}
+
+
+def instance_request(record, common, subnet):
+    """What RunInstances is asked for. The token makes a repeated request give the same instance.
+
+    EC2 keeps the token of a request that it refused, too, and refuses another request with it: price and image change.
+    """
+    (interface,) = common["NetworkInterfaces"]
+    request = common | {"MinCount": 1, "MaxCount": 1, "NetworkInterfaces": [{**interface, "SubnetId": subnet}]}
     identity = json.dumps([record["run"], record["attempt"], request], sort_keys=True)
     return request | {"ClientToken": hashlib.sha256(identity.encode()).hexdigest()}
+
+
+def launch_template(record, common):
+    """The same for a group, which chooses type and subnet."""
+    return common | {"UserData": base64.b64encode(common["UserData"].encode()).decode()}
 
 
 def user_data(record, spent):
@@ -302,6 +484,7 @@ def user_data(record, spent):
         "AWS_DEFAULT_REGION": record["region"],
         "RN50_MINUTES": minutes,
         "RN50_SETUP_MINUTES": SETUP_MINUTES,
+        "RN50_GROUPS": " ".join(record.get("groups", [])),
     }
     assignments = "\n".join(f"export {name}={shlex.quote(str(value))}" for name, value in values.items())
     return FIRST_BOOT.read_text(encoding="utf-8").replace("@VALUES@", assignments)

@@ -5,8 +5,11 @@ from pathlib import Path
 
 import yaml
 
+from rn50.cloud import group, watch
 from rn50.cloud import store as cloud
-from rn50.cloud.aws import ALIVE, ANY, ROOT, command, instances_of
+from rn50.cloud.aws import ALIVE, ANY, ROOT, aws_errors, command, instances_of
+from rn50.cloud.pace import LOW, slow_line
+from rn50.cloud.watch import span
 from rn50.errors import RunError, UsageError
 from rn50.files import parse_rows
 
@@ -31,8 +34,14 @@ def known_run(aws, args):
 
 
 def refuse_second(aws, run):
-    """RunError where the run has an instance."""
+    """RunError where the run has an instance, or a group that may launch one."""
     alive = instances_of(aws, run)
+    waiting = [found["AutoScalingGroupName"] for found in group.found(aws, run) if group.may_launch(found)]
+    if waiting and not alive:
+        raise RunError(
+            f"{run} has a group already, which waits for an instance: {waiting[0]}; see {command(aws, 'status', run)}, "
+            f"or end it with {command(aws, 'stop', run)}"
+        )
     if alive:
         raise RunError(
             f"{run} has an instance already: {alive[0]['InstanceId']} is {alive[0]['State']['Name']}; see "
@@ -41,56 +50,155 @@ def refuse_second(aws, run):
 
 
 def status(aws, args):
-    """Print how far the run is, and what it has cost."""
+    """Print how far the run is, and what it has cost; with --watch, on a screen until the run is over."""
     store, record = known_run(aws, args)
-    found, records = instances_of(aws, args.run, states=ANY), store.instances()
-    for line in status_lines(store, record, found, records, now=time.time()):
-        print(line)
+
+    def read():
+        with aws_errors():
+            return view_of(aws, store, store.read("launch.json") or record, now=time.time())
+
+    if args.watch:
+        watch.watch(read, args.watch)
+    else:
+        print("\n".join(status_lines(read())))
 
 
-def status_lines(store, record, found, records, now):
-    alive = [i for i in found if i["State"]["Name"] in ALIVE]
-    resume_command = command(store, "resume", record["run"])
-    market = "spot" if record["spot"] else "on demand"
-    yield f"{record['run']}: {record['config']} at {record['commit'][:12]} on {record['instance']}, {market}"
-    states = {i["InstanceId"]: i["State"]["Name"] for i in alive}
+def view_of(aws, store, record, now):
+    """All that is known of a run, as `watch.screen` takes it. now: seconds since 1970."""
+    found, records = instances_of(aws, record["run"], states=ANY), store.instances()
+    groups = group.found(aws, record["run"]) if record.get("groups") else []
+    alive = {i["InstanceId"]: i for i in found if i["State"]["Name"] in ALIVE}
+    reported = {r["instance_id"] for r in records}
+    # what has not reported yet costs, too
+    records += [
+        {
+            "instance_id": name,
+            "state": f"{instance['State']['Name']}, has not reported yet",
+            "started": min(now, instance["LaunchTime"].timestamp()),
+            "seen": now,
+            "dollars_per_hour": cloud.price_of(record, instance["InstanceType"], instance.get("InstanceLifecycle")),
+            "type": instance["InstanceType"],
+            "market": instance.get("InstanceLifecycle", "on-demand"),
+            "unreported": True,
+        }
+        for name, instance in alive.items()
+        if name not in reported
+    ]
+    ended, rows, spent = store.read("ended"), rows_of(store), cloud.dollars(records)
+    converts = record.get("kind") == "conversion"
+    epochs = None if converts else epochs_of(store, record)
     last = records[-1] if records else None
-    if last:
-        seen = f"seen {span(now - last['seen'])} ago"
-        reason = f" ({last['reason']})" if last.get("reason") else ""
-        state = states.get(last["instance_id"], "gone")
-        yield f"instance {last['instance_id']}: {state}; {last['state']}{reason}, {seen}"
-        if state == "running" and now - last["seen"] > cloud.LOST_SECONDS:
+    progress = store.read(cloud.PROGRESS) or {}
+    console = store.read_bytes(cloud.CONSOLE) or store.read_bytes(cloud.SETUP_LOG) or b""
+    market = "spot" if record["spot"] else "on demand"
+    waits = not alive and any(group.may_launch(each) for each in groups)
+    return {
+        "run": record["run"],
+        "title": f"{record['config']} at {record['commit'][:12]} on {record['instance']}, {market}",
+        "state": state_line(record, last, alive, waits, ended, now),
+        "now": now,
+        "epochs": epochs,
+        "epoch_share": share_of(progress, rows),
+        "rows": rows,
+        "progress": progress if converts else None,
+        "spent": spent,
+        "budget": record["budget"],
+        "forecast": forecast(record, rows, epochs, spent) if rows else None,
+        "instances": records,
+        "notes": [*notes_of(aws, store, record, found, alive, records, groups, waits, ended, now)],
+        "log": console.decode(errors="replace").strip().splitlines()[-5:],
+        "ended": store.read("status.json"),
+        "over": bool(ended) and not alive,
+    }
+
+
+def share_of(progress, rows):
+    """0 to 1 of the epoch under way, by the run's progress.json; 0 where the log is ahead of it."""
+    if "epoch_steps" not in progress or progress["epoch"] != len(rows):
+        return 0.0
+    return progress["epoch_step"] / progress["epoch_steps"]
+
+
+def state_line(record, last, alive, waits, ended, now):
+    """One line on the newest instance."""
+    if last is None:
+        return "waiting for an instance" if waits else "no instance has reported"
+    if last.get("unreported"):
+        state = alive[last["instance_id"]]["State"]["Name"]
+        return f"instance {last['instance_id']}: {state} for {span(now - last['started'])}, has not reported yet"
+    state = alive[last["instance_id"]]["State"]["Name"] if last["instance_id"] in alive else "gone"
+    reason = f" ({last['reason']})" if last.get("reason") else ""
+    return f"instance {last['instance_id']}: {state}; {last['state']}{reason}, seen {span(now - last['seen'])} ago"
+
+
+def notes_of(aws, store, record, found, alive, records, groups, waits, ended, now):
+    """What a person should know or do, as lines."""
+    again = command(store, "convert" if record.get("kind") else "resume", None if record.get("kind") else record["run"])
+    last = records[-1] if records else None
+    if last and last["instance_id"] in alive and not last.get("unreported"):
+        if now - last["seen"] > cloud.LOST_SECONDS:
             yield "warning: it runs but does not report: look with aws ssm start-session, or end it with stop"
-        if state == "gone" and last["state"] in ("staging", "staged", "tuning", "training", "interrupted"):
-            yield f"it was taken away: go on with {resume_command}"
-    spent, reported = cloud.dollars(records), {r["instance_id"] for r in records}
-    for instance in alive:
-        if instance["InstanceId"] not in reported:
-            up = now - instance["LaunchTime"].timestamp()
-            spent += max(0.0, up) / 3600 * record["dollars_per_hour"]
-            yield f"instance {instance['InstanceId']}: {instance['State']['Name']} for {span(up)}, has not reported yet"
+        pace = last.get("pace")
+        if pace and pace["share"] < LOW:
+            yield f"warning: {slow_line(pace)}: a stolen or throttled GPU, or a slow disk? stop and resume move it"
     name = record["instance_id"]
-    if name and name not in reported | set(states):
+    if name and name not in {r["instance_id"] for r in records} | set(alive):
         why = next((i.get("StateReason", {}).get("Message") for i in found if i["InstanceId"] == name), None)
-        yield f"instance {name}: gone before it reported ({why or 'EC2 does not say why'}): go on with {resume_command}"
-    yield f"dollars so far: {spent:.2f} of {record['budget']:.2f} (instances; storage is extra)"
-    rows = rows_of(store)
-    epochs = epochs_of(store, record)
-    if rows:
+        after = "" if waits or ended else f": go on with {again}"
+        yield f"instance {name}: gone before it reported ({why or 'EC2 does not say why'}){after}"
+    if ended:
+        if ended["state"] != "finished":
+            yield f"the run ended: {ended['state']} ({ended['reason']}); go on with {again}"
+    elif waits:
+        yield from waiting_lines(aws, store, record, last, groups, now)
+    elif last and not alive and last["state"] not in cloud.FINAL:
+        yield f"it was taken away: go on with {again}"
+    elif record.get("groups") and not alive:
+        yield f"its group has ended, and no instance has it: go on with {again}"
+
+
+def waiting_lines(aws, store, record, last, groups, now):
+    """Since when AWS has had no instance for the group, what it says, what happens next and what else would do."""
+    failed = [refusal for each in groups if group.may_launch(each) for refusal in group.refusals(aws, each)]
+    since = max([record["attempt_started"], *([last["seen"]] if last else [])])
+    said = f" after {len(failed)} tries: {failed[0][1]}" if failed else ""
+    yield f"no instance for {span(now - since)}{said or '; AWS is looking for one'}"
+    left = since + 3600 * record["patience_hours"] - now
+    then = "one on demand takes over" if record["fallback"] else "the group ends"
+    yield f"where none comes, {then} in {span(max(0.0, left))}"
+    price = record["dollars_on_demand"]
+    dear = f" (${price:.3f}/h)" if price else ""
+    again = command(store, "resume", record["run"])
+    yield (
+        f"what else would do: stop it, then {again} with --on-demand{dear}, or with another --instance "
+        "(tools/plan_run.py --spot has them)"
+    )
+
+
+def status_lines(view):
+    """The view as plain lines."""
+    yield f"{view['run']}: {view['title']}"
+    yield view["state"]
+    yield from view["notes"]
+    yield f"dollars so far: {view['spent']:.2f} of {view['budget']:.2f} (instances; storage is extra)"
+    if len(view["instances"]) > 1:
+        yield f"instances so far: {len(view['instances'])}"
+    rows = view["rows"]
+    if view["progress"]:
+        done = "{phase}: {done} of {total} {unit}".format(**view["progress"])
+        yield done
+    elif rows:
         row = rows[-1]
         best = next((r for r in reversed(rows) if "top1" in r), None)
         accuracy = f", top-1 {best['top1']:.2f} % after epoch {best['epoch'] + 1}" if best else ""
-        yield f"epoch {row['epoch'] + 1} of {epochs}, {row['resolution']} px, loss {row['train_loss']:.3f}{accuracy}"
-        yield forecast(record, rows, epochs, spent)
+        loss = f"{row['resolution']} px, loss {row['train_loss']:.3f}"
+        yield f"epoch {row['epoch'] + 1} of {view['epochs']}, {loss}{accuracy}"
+        yield view["forecast"]
     else:
-        yield "no epoch is done yet"
-    ended = store.read("status.json")
-    if ended:
-        yield f"last command: {ended['status']} ({ended['reason']}) at step {ended['step']}"
-    console = store.read_bytes(cloud.CONSOLE) or store.read_bytes(cloud.SETUP_LOG) or b""
-    console = console.decode(errors="replace").strip().splitlines()
-    yield from (f"  | {line}" for line in console[-5:])
+        yield "no epoch is done yet" if view["epochs"] else "nothing is fetched yet"
+    if view["ended"]:
+        yield "last command: {status} ({reason}) at step {step}".format(**view["ended"])
+    yield from (f"  | {line}" for line in view["log"])
 
 
 def forecast(record, rows, epochs, spent):
@@ -134,11 +242,6 @@ def read_config(path):
         raise UsageError(f"cannot read {path}: {error.strerror}; --config is a path within the repository") from None
     except yaml.YAMLError as error:
         raise UsageError(f"{path} is not YAML: {error}") from None
-
-
-def span(seconds):
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def fetch(aws, args):

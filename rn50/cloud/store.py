@@ -7,6 +7,10 @@ s3://BUCKET/rn50/runs/RUN/instances/ID.json     an instance: price, since when, 
 s3://BUCKET/rn50/runs/RUN/{last.pt, log.jsonl, status.json, console.log, ...}
 s3://BUCKET/rn50/runs/RUN/tuned.yaml            the fastest settings on its first instance, where that was asked for
 s3://BUCKET/rn50/runs/RUN/stop                  is there while the run is asked to stop
+s3://BUCKET/rn50/runs/RUN/ended                 how the run has ended, and why: no instance begins after it
+s3://BUCKET/rn50/runs/RUN/holder                the one instance that may train
+s3://BUCKET/rn50/runs/RUN/told                  the events that were mailed
+s3://BUCKET/rn50/source/, rn50/partial/         what a conversion has fetched, and written so far
 """
 
 import contextlib
@@ -15,6 +19,7 @@ import os
 import re
 import shutil
 import time
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from rn50.errors import RunError, UsageError
@@ -24,10 +29,15 @@ PREFIX = "rn50"
 BETONS, CODE, RUNS = f"{PREFIX}/betons", f"{PREFIX}/code", f"{PREFIX}/runs"
 # What is small goes along with every checkpoint.
 RECORDS = ("config.yaml", "environment.json", "log.jsonl", "status.json")
-CONSOLE, SETUP_LOG = "console.log", "rn50-bootstrap.log"
+CONSOLE, SETUP_LOG, PROGRESS = "console.log", "rn50-bootstrap.log", "progress.json"
 TUNED, PREFLIGHT = "tuned.yaml", "preflight.json"
 # An instance's record is renewed every HEARTBEAT_SECONDS; one that is older than LOST_SECONDS counts as gone.
 HEARTBEAT_SECONDS, LOST_SECONDS = 60.0, 300.0
+# States in which an instance has ended, or is ending.
+FINAL = ("finished", "budget", "failed", "stopped")
+GONE = (*FINAL, "interrupted", "superseded")
+CONVERSION = "convert"  # the run's name that a conversion has
+SPOT = "spot"  # what EC2's metadata calls the market; else on-demand
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 TUNING_SECONDS = 30.0  # tools/preflight.py --seconds: about five minutes for all it measures
 SMALL = 4 << 20  # bytes of console.log that are kept in S3
@@ -74,6 +84,39 @@ class Store:
         records = [self.read(name) for name in self.keys("instances/")]
         return sorted((record for record in records if record), key=lambda record: record["started"])
 
+    def claim(self, instance_id):
+        """Make this instance the run's holder; returns None, or the id of the living one that holds it.
+
+        S3 decides between two that ask at the same time. Who lives is told by S3's clock alone.
+        """
+        key = f"{self.prefix}/holder"
+        try:
+            reply = self.client.get_object(Bucket=self.bucket, Key=key)
+            holder, condition = json.loads(reply["Body"].read())["instance_id"], {"IfMatch": reply["ETag"]}
+        except self.client.exceptions.NoSuchKey:
+            holder, condition = None, {"IfNoneMatch": "*"}
+        if holder == instance_id:
+            return None
+        if holder and self._lives(holder):
+            return holder
+        try:
+            body = json.dumps({"instance_id": instance_id}).encode()
+            self.client.put_object(Bucket=self.bucket, Key=key, Body=body, **condition)
+        except self.client.exceptions.ClientError as error:
+            if error.response["Error"]["Code"] not in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise
+            return self.read("holder")["instance_id"]
+        return None
+
+    def _lives(self, instance_id):
+        try:
+            reply = self.client.get_object(Bucket=self.bucket, Key=f"{self.prefix}/instances/{instance_id}.json")
+        except self.client.exceptions.NoSuchKey:
+            return False
+        now = parsedate_to_datetime(reply["ResponseMetadata"]["HTTPHeaders"]["date"])
+        silent = (now - reply["LastModified"]).total_seconds()
+        return json.loads(reply["Body"].read())["state"] not in GONE and silent <= LOST_SECONDS
+
 
 def objects(client, bucket, prefix, strip=""):
     """{key without `strip`: bytes} of all objects under `prefix`."""
@@ -84,6 +127,39 @@ def objects(client, bucket, prefix, strip=""):
 def dollars(records):
     """What the instances of these records have cost, from their start to when they were last seen. Without storage."""
     return sum(max(0.0, r["seen"] - r["started"]) / 3600 * r["dollars_per_hour"] for r in records)
+
+
+def price_of(record, instance_type, market):
+    """Dollars an hour that an instance of a launch record counts with. market: as EC2's metadata calls it, or None."""
+    if market and market != SPOT:
+        return record.get("dollars_on_demand") or record["dollars_per_hour"]
+    return record.get("types", {}).get(instance_type) or record["dollars_per_hour"]
+
+
+def group_of(record, market):
+    """The Auto Scaling group that launched an instance of a launch record, or None."""
+    groups = record.get("groups") or [None]
+    return groups[0] if market == SPOT else groups[-1]
+
+
+def instance_record(environment, dollars_per_hour):
+    """What an instance's record begins with. environment: with the variables of first_boot.sh."""
+    # a try without an instance has an old machine around it
+    up = 0.0 if environment.get("RN50_PREFIX") else float(Path("/proc/uptime").read_text().split()[0])
+    return {
+        "instance_id": environment["RN50_INSTANCE"],
+        "type": environment.get("RN50_TYPE"),
+        "market": environment.get("RN50_MARKET"),
+        "dollars_per_hour": dollars_per_hour,
+        "started": time.time() - up,
+    }
+
+
+def job_command(record, *, python, betons, gpus):
+    """The command of a launch record's job: a training run, or a conversion in the folder `betons`."""
+    if record.get("kind") == "conversion":
+        return [python, "-m", "rn50.cloud.convert", "--work", str(betons)]
+    return training_command(record, python=python, betons=betons, gpus=gpus)
 
 
 def training_command(record, *, python, betons, gpus):
@@ -188,9 +264,8 @@ def stage(client, bucket, folder, *, rung, say=print):
 class Reporter:
     """Keeps the instance's record and the small files of its run in S3. What S3 refuses is said and tried again."""
 
-    def __init__(self, store, *, instance_id, dollars_per_hour, started, say=print):
-        self.store, self.say, self._sent = store, say, {}
-        self.record = {"instance_id": instance_id, "dollars_per_hour": dollars_per_hour, "started": started}
+    def __init__(self, store, record, say=print):
+        self.store, self.record, self.say, self._sent = store, record, say, {}
 
     def beat(self, state, folder=None, *, files=(), **more):
         """Renew the record; upload `files` and the run folder's small ones, if changed. Returns whether S3 took it."""
@@ -200,7 +275,7 @@ class Reporter:
         self.record |= {"state": state, "seen": time.time(), **more}
         try:
             self.store.write(f"instances/{self.record['instance_id']}.json", self.record)
-            for path in [*files, *(Path(folder) / name for name in (*RECORDS, CONSOLE) if folder)]:
+            for path in [*files, *(Path(folder) / name for name in (*RECORDS, CONSOLE, PROGRESS) if folder)]:
                 self._send(path)
             return True
         except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as error:

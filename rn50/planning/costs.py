@@ -23,6 +23,7 @@ class Table:
 
     instance: list
     place: list
+    cpu: dict
     gpu: dict
     rate: list
     run: list
@@ -47,7 +48,7 @@ def read_table(path=TABLE):
     for row in rows:
         row.update({key: float(row[key]) if row[key] else None for key in NUMBERS})
     kinds = {name: [row for row in rows if row["kind"] == name] for name in Table.__dataclass_fields__}
-    for kind in ("gpu", "recipe", "loader", "constant"):
+    for kind in ("cpu", "gpu", "recipe", "loader", "constant"):
         kinds[kind] = {row["name"]: row for row in kinds[kind]}
     return Table(**kinds)
 

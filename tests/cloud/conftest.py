@@ -39,7 +39,7 @@ def cloud_account(moto, session, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(aws_module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(boto3, "Session", lambda **options: session)
-    plain = {name: session.client(name) for name in ("s3", "ec2", "iam")}
+    plain = {name: session.client(name) for name in ("s3", "ec2", "iam", "autoscaling", "ssm", "sns")}
     plain["s3"].create_bucket(Bucket=BUCKET)
     session.calls = calls = set()
     return SimpleNamespace(calls=calls, image=IMAGE, **plain)

@@ -16,7 +16,8 @@ from tools import ec2
 
 BUCKET = "bucket"
 CONFIG = "rn50_configs/demo.yaml"
-PLAN = ["--bucket", BUCKET, "--config", CONFIG, "--instance", "g5.2xlarge", "--spot", "--budget", "25", "--yes"]
+PLAN = ["--bucket", BUCKET, "--config", CONFIG, "--instance", "g5.2xlarge", "--budget", "25", "--yes"]
+SPOT = [*PLAN, "--spot"]
 REAL_SESSION = boto3.Session
 IMAGE = "ami-03cf127a"  # one of those that moto has
 
@@ -32,9 +33,9 @@ def put_betons(account, *sizes):
             put(account, f"rn50/betons/{name}", b"x")
 
 
-def launch(account, *more, run="demo"):
+def launch(account, *more, run="demo", plan=PLAN):
     put_betons(account, 64)
-    ec2.main(["launch", *PLAN, "--ami", account.image, "--run", run, "--commit", "HEAD", *more])
+    ec2.main(["launch", *plan, "--ami", account.image, "--run", run, "--commit", "HEAD", *more])
     return only_instance(account)
 
 
@@ -47,6 +48,12 @@ def alive(account):
     filters = [{"Name": "instance-state-name", "Values": ["pending", "running"]}]
     found = account.ec2.describe_instances(Filters=filters)["Reservations"]
     return [instance for reservation in found for instance in reservation["Instances"]]
+
+
+def groups_of(account):
+    """The Auto Scaling groups there are, by name."""
+    found = account.autoscaling.describe_auto_scaling_groups()["AutoScalingGroups"]
+    return sorted(found, key=lambda group: group["AutoScalingGroupName"])
 
 
 def user_data(account, instance):

@@ -30,10 +30,9 @@ from tests.cloud.helpers import (
 from tools import ec2
 
 
-def test_launch_makes_a_closed_encrypted_tagged_spot_instance(cloud_account, capsys):
+def test_launch_makes_a_closed_encrypted_tagged_instance(cloud_account, capsys):
     instance = launch(cloud_account)
     assert instance["InstanceType"] == "g5.2xlarge"
-    assert instance["InstanceLifecycle"] == "spot"
     assert instance["MetadataOptions"]["HttpTokens"] == "required"
     marks = {tag["Key"]: tag["Value"] for tag in instance["Tags"]}
     assert marks == {"project": "rn50", "Name": "rn50-demo", "rn50-run": "demo", "rn50-bucket": BUCKET}
@@ -55,7 +54,7 @@ def test_launch_makes_a_closed_encrypted_tagged_spot_instance(cloud_account, cap
     code = cloud_account.s3.get_object(Bucket=BUCKET, Key=f"rn50/code/{record['commit']}.tar.gz")["Body"].read()
     assert record["code_sha256"] == hashlib.sha256(code).hexdigest()
     out = capsys.readouterr().out
-    assert "on one g5.2xlarge, spot, us-east-1" in out
+    assert "on one g5.2xlarge, on demand, us-east-1" in out
     assert "budget $25.00" in out
     assert f"aws ssm start-session --target {instance['InstanceId']}" in out
 
@@ -176,7 +175,7 @@ def test_a_zone_without_room_is_followed_by_the_next(cloud_account, monkeypatch)
     assert launch(cloud_account)["State"]["Name"] == "running"
     cloud_account.ec2.terminate_instances(InstanceIds=[only_instance(cloud_account)["InstanceId"]])
     broken(monkeypatch, "ec2", "run_instances", "InsufficientInstanceCapacity", times=99)
-    with pytest.raises(RunError, match=r"no zone has a g5.2xlarge now \(us-east-1a: Insuff.*or without --spot"):
+    with pytest.raises(RunError, match=r"no zone has a g5.2xlarge now \(us-east-1a: Insuff"):
         launch(cloud_account, run="other")
 
 
@@ -201,17 +200,17 @@ def test_a_new_profile_that_ec2_does_not_know_yet_is_waited_for(cloud_account, m
 
 def test_a_refused_request_and_another_one_have_two_tokens():
     """EC2 keeps the token of what it refused; with it, another price or image is IdempotentParameterMismatch."""
-    record = {"run": "demo", "bucket": BUCKET, "instance": "g5.xlarge", "spot": True, "attempt": 1, "budget": 25.0}
+    record = {"run": "demo", "bucket": BUCKET, "instance": "g5.xlarge", "attempt": 1, "budget": 25.0}
     record |= {"commit": "abc", "code_sha256": "def", "region": "us-east-1", "dollars_per_hour": 0.4}
 
     def token(image=IMAGE, subnet="subnet-1", **changed):
-        return launching.instance_request(record | changed, {"ImageId": image}, subnet, "sg-1", "profile", 0, 450)[
-            "ClientToken"
-        ]
+        changed = record | changed
+        common = launching.common_request(changed, {"ImageId": image}, "sg-1", "profile", 0, 450)
+        return launching.instance_request(changed, common, subnet)["ClientToken"]
 
     assert token() == token()
-    changes = [{"dollars_per_hour": 0.41}, {"image": "ami-2"}, {"subnet": "subnet-2"}, {"attempt": 2}, {"spot": False}]
-    assert len({token(), *(token(**change) for change in changes)}) == 6
+    changes = [{"dollars_per_hour": 0.41}, {"image": "ami-2"}, {"subnet": "subnet-2"}, {"attempt": 2}]
+    assert len({token(), *(token(**change) for change in changes)}) == 5
     assert len(token()) == 64  # EC2's limit
 
 

@@ -1,5 +1,6 @@
 """The supervisor by itself: how each end of a training is taken."""
 
+import copy
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +17,7 @@ from botocore.exceptions import ClientError
 
 from rn50.cloud import store as cloud
 from rn50.cloud import supervise
+from rn50.cloud.pace import Pace, expected_at
 from rn50.errors import RunError
 from tests.cloud.helpers import BUCKET
 
@@ -28,7 +31,10 @@ class FakeStore:
         self.written, self.asked, self.others = {}, None, []
 
     def write(self, name, value):
-        self.written[name] = dict(value)
+        self.written[name] = copy.deepcopy(value)
+
+    def read(self, name):
+        return self.written.get(name)
 
     def write_bytes(self, name, body):
         pass
@@ -54,7 +60,21 @@ def supervised(tmp_path, monkeypatch):
         "run",
         lambda command, **options: off.append(command) if command[0] == "shutdown" else real(command, **options),
     )
-    store = FakeStore()
+    store, calls = FakeStore(), []
+
+    class Client:
+        """Notes what is called; refuses what is in `train.refused`."""
+
+        def __init__(self, service):
+            self.service = service
+
+        def __getattr__(self, operation):
+            def call(**parameters):
+                calls.append((operation, parameters))
+                if operation in train.refused:
+                    raise ClientError({"Error": {"Code": "AccessDenied", "Message": "no"}}, operation)
+
+            return call
 
     def train(script, **record):
         whole = {"run": "demo", "bucket": BUCKET, "config": "x", "settings": [], "budget": 25.0, "idle_minutes": 30}
@@ -62,15 +82,17 @@ def supervised(tmp_path, monkeypatch):
         monkeypatch.setattr(
             cloud, "training_command", lambda *args, **options: [sys.executable, "-c", script, str(folder)]
         )
-        reporter = cloud.Reporter(store, instance_id="i-1", dollars_per_hour=1.0, started=time.time(), say=print)
+        mine = {"instance_id": "i-1", "dollars_per_hour": 1.0, "started": time.time(), "type": "g5.2xlarge"}
+        instance = supervise.Instance(store, cloud.Reporter(store, mine, print), whole, Client)
         code = 0
         try:
-            supervise.train(store, reporter, whole, "betons")
+            supervise.train(instance, "betons")
         except SystemExit as leaving:
             code = leaving.code
         return store.written["instances/i-1.json"], code, len(off)
 
     train.folder, train.store, store.console = folder, store, folder / cloud.CONSOLE
+    train.calls, train.refused = calls, set()
     yield train
     signal.signal(signal.SIGTERM, handler)
 
@@ -100,9 +122,9 @@ while True:
         (STATUS + "status('finished')", "finished", 0, 1),
         (STATUS + "status('budget'); sys.exit(4)", "budget", 0, 1),
         (STATUS + "status('interrupted', 'EC2 spot notice (terminate at 12:00)'); sys.exit(3)", "interrupted", 0, 1),
-        (STATUS + "status('interrupted', 'EC2 rebalance recommendation (12:00)'); sys.exit(3)", "failed", 1, 0),
-        (STATUS + "status('failed'); sys.exit(1)", "failed", 1, 0),
-        ("import os; os.kill(os.getpid(), 9)", "failed", 1, 0),
+        (STATUS + "status('interrupted', 'EC2 rebalance recommendation (12:00)'); sys.exit(3)", "restarting", 1, 0),
+        (STATUS + "status('failed'); sys.exit(1)", "restarting", 1, 0),
+        ("import os; os.kill(os.getpid(), 9)", "restarting", 1, 0),
         ("import sys; print('error: no such key'); sys.exit(2)", "failed", 0, 1),
         # under torchrun a planned stop exits 0
         (STATUS + "status('budget')", "budget", 0, 1),
@@ -199,6 +221,121 @@ def test_the_training_command_has_what_the_launch_asked_for():
     assert eight[:4] == ["python", "-m", "torch.distributed.run", "--nproc_per_node=8"]
 
 
+# --- With a group, and beside another instance ------------------------------------------------------------------------
+
+GROUPS = {"groups": ["g-1", "g-1-on-demand"], "patience_hours": 6.0, "fallback": "on-demand", "replacements": 20}
+ENDS = ["suspend_processes", "update_auto_scaling_group"] * 2
+TOPIC = "arn:aws:sns:us-east-1:1:rn50-x"
+
+
+def operations(train):
+    return [operation for operation, _ in train.calls]
+
+
+@pytest.mark.parametrize(
+    ("script", "ends"),
+    [
+        (STATUS + "status('finished')", True),
+        (STATUS + "status('budget'); sys.exit(4)", True),
+        ("import sys; print('error: no such key'); sys.exit(2)", True),
+        # another instance goes on
+        (STATUS + "status('interrupted', 'EC2 spot notice (terminate at 12:00)'); sys.exit(3)", False),
+        # systemd starts it again
+        (STATUS + "status('failed'); sys.exit(1)", False),
+    ],
+)
+def test_only_the_end_of_the_run_ends_its_groups(supervised, script, ends):
+    supervised(script, **GROUPS)
+    assert operations(supervised) == (ENDS if ends else [])
+    assert ("ended" in supervised.store.written) == ends
+    for operation, parameters in supervised.calls:
+        assert parameters["AutoScalingGroupName"] in GROUPS["groups"]
+        if operation == "update_auto_scaling_group":
+            assert (parameters["MinSize"], parameters["MaxSize"], parameters["DesiredCapacity"]) == (0, 0, 0)
+        else:
+            assert parameters["ScalingProcesses"] == ["Launch"]
+
+
+def test_a_group_that_cannot_be_ended_does_not_keep_the_instance_on(supervised, capsys):
+    supervised.refused = {"suspend_processes", "update_auto_scaling_group", "publish"}
+    record, code, off = supervised(STATUS + "status('finished')", **GROUPS, notify=TOPIC)
+    assert (record["state"], code, off) == ("finished", 0, 1)
+    assert operations(supervised) == [*ENDS, "publish"]  # each was tried
+    assert "warning: the group cannot be told: An error occurred (AccessDenied)" in (said := capsys.readouterr().out)
+    assert "warning: no mail could be sent" in said
+
+
+def test_a_living_instance_moves_the_end_of_its_group_on(supervised, monkeypatch):
+    monkeypatch.setattr(supervise, "RENEW_SECONDS", 0.0)
+    before = time.time()
+    supervised(STATUS + "time.sleep(0.8); status('finished')", **GROUPS)
+    moved = [p for o, p in supervised.calls if o == "put_scheduled_update_group_action"]
+    assert [(p["AutoScalingGroupName"], p["ScheduledActionName"]) for p in moved[:3]] == [
+        ("g-1-on-demand", "rn50-end"),
+    ] * 3  # an instance that is not spot has the second group, and leaves the first alone
+    assert 6 * 3600 - 2 < datetime.fromisoformat(moved[0]["StartTime"]).timestamp() - before < 6 * 3600 + 60
+
+
+def test_the_instance_that_another_one_has_replaced_stops_and_ends_nothing(supervised):
+    supervised.store.written["holder"] = {"instance_id": "i-2"}
+    record, code, off = supervised(WAITS, **GROUPS)
+    assert (record["state"], record["reason"], code, off) == (
+        "superseded", "another instance, i-2, has this run", 0, 1)  # fmt: skip
+    assert supervised.calls == [
+        ("terminate_instance_in_auto_scaling_group", {"InstanceId": "i-1", "ShouldDecrementDesiredCapacity": True})
+    ]
+    assert "ended" not in supervised.store.written
+
+
+@pytest.mark.parametrize(("minimum", "state"), [(0.3, "finished"), (0.6, "stopped")])
+def test_half_an_hour_at_low_speed_is_told_and_on_request_stopped(supervised, minimum, state):
+    """400 images/s where the table has 1000 at 128 px."""
+    progress = """
+def progress(seconds):
+    text = json.dumps({"images_seen": 400 * seconds, "seconds": seconds, "resolution": 128, "epoch": 0})
+    open(sys.argv[1] + "/progress.json.new", "w").write(text)
+    import os
+    os.replace(sys.argv[1] + "/progress.json.new", sys.argv[1] + "/progress.json")
+progress(10); time.sleep(0.5); progress(1000); time.sleep(0.5); progress(1900); time.sleep(0.5)
+status("finished")
+"""
+    expected = {"128": 1000.0, "224": 500.0}
+    record, _, off = supervised(
+        WAITS.partition("signal.signal")[0] + "signal.signal(signal.SIGTERM, leave)\n" + progress,
+        expected=expected, min_speed=minimum, notify=TOPIC)  # fmt: skip
+    assert (record["state"], off) == (state, 1)
+    assert record["pace"] == {"images_per_second": 400.0, "share": 0.4, "minutes": 32}
+    if state == "stopped":
+        assert record["reason"].startswith("slow: 400 images/s over 32 minutes, 40% of what is expected")
+    told = [p["Subject"] for o, p in supervised.calls if o == "publish"]
+    assert told == (["rn50 demo: slow"] if state == "finished" else []) + [f"rn50 demo: {state}"]
+
+
+def test_what_is_expected_between_and_beyond_the_sizes_that_were_measured():
+    rates = {"96": 1000.0, 160: 600.0}
+    assert [expected_at(rates, px) for px in (64, 96, 128, 160, 320)] == [1000, 1000, 800, 600, 150]
+
+
+def test_a_run_that_began_again_is_not_taken_for_a_slow_one():
+    pace = Pace({128: 1000.0})
+    for seconds, images in ((0, 0), (1700, 1_700_000), (1000, 1_000_000), (2900, 2_900_000)):
+        pace.add({"seconds": seconds, "images_seen": images, "resolution": 128})
+    assert pace.now() == {"images_per_second": 1000.0, "share": 1.0, "minutes": 32}
+    assert Pace(None).now() is None
+
+
+def test_four_fifths_of_the_budget_are_mailed_once_over_all_instances(supervised):
+    supervised.store.others = [{"started": 0, "seen": 3600 * 21, "dollars_per_hour": 1.0}]
+    for _ in range(2):
+        supervised(STATUS + "print('started', flush=True); time.sleep(0.5); status('finished')", notify=TOPIC)
+        (supervised.folder / "status.json").unlink()
+    told = [p["Subject"] for o, p in supervised.calls if o == "publish"]
+    assert told == ["rn50 demo: 80% of the budget is spent", "rn50 demo: finished", "rn50 demo: finished"]
+    (mail,) = [p for o, p in supervised.calls if o == "publish" and "80%" in p["Subject"]]
+    assert mail["Message"] == "$21.00 of $25.00 are spent"
+    assert mail["TopicArn"] == TOPIC
+
+
 # --- Measured before the first epoch: launch --tune ------------------------------------------------------------------
 
 # In the place of tools/preflight.py: {go} and {status} are its verdict.
@@ -219,8 +356,8 @@ def tuned(tmp_path, monkeypatch):
     monkeypatch.setattr(supervise, "ROOT", tmp_path)
     (tmp_path / "tools").mkdir()
     objects = {}
-    store = SimpleNamespace(read_bytes=objects.get, write_bytes=objects.__setitem__)
-    reporter = SimpleNamespace(beat=lambda *args: None)
+    store = SimpleNamespace(read_bytes=objects.get, write_bytes=objects.__setitem__, write=objects.__setitem__)
+    reporter = SimpleNamespace(beat=lambda *args: None, record={"type": "g5.2xlarge"})
 
     def tune(script, **more):
         (tmp_path / "tools" / "preflight.py").write_text(script)
@@ -236,7 +373,8 @@ def tuned(tmp_path, monkeypatch):
 
 def test_what_is_fastest_is_measured_once_a_run(tuned):
     assert tuned(PREFLIGHT.format(go=True, status=0)) == KEPT
-    assert tuned.objects == {cloud.TUNED: KEPT.encode()}
+    assert tuned.objects[cloud.TUNED] == KEPT.encode()
+    assert tuned.objects[cloud.PREFLIGHT]["type"] == "g5.2xlarge"  # what it measured holds for this type alone
     (command,) = tuned.measured()
     assert command.startswith("tools/preflight.py c.yaml --lr.schedule=step --training.device=cuda --data /betons")
     assert "--budget 25 --dollars-per-hour 1" in command

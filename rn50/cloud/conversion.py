@@ -1,0 +1,106 @@
+"""ImageNet to betons in the bucket: the plan, the check of what will be fetched, and the instance that does it.
+
+The instance runs rn50/cloud/convert.py as any run is run (rn50/cloud/supervise.py): its dollars are bounded, `status`
+shows it, `stop` stops it, and the same command goes on where it was.
+"""
+
+import getpass
+import json
+import os
+
+from rn50.cloud import launch, mail, origins
+from rn50.cloud import store as cloud
+from rn50.cloud.account import UBUNTU_PARAMETER, check_bucket, find_image, quota_of, secret_name, subnets
+from rn50.cloud.status import read_config, refuse_second
+from rn50.errors import RunError
+
+# Nothing to train with is needed there, and a run that is idle for this long has lost the origin.
+IDLE_MINUTES = 30
+
+
+def convert(aws, args):
+    """Fetch and convert on a new instance, or go on with a conversion that has not finished."""
+    launch.check_settings(args.set)
+    store = aws.store(cloud.CONVERSION)
+    before = store.read("launch.json")
+    refuse_second(aws, cloud.CONVERSION)
+    if (store.read("ended") or {}).get("state") == "finished":
+        raise RunError(
+            f"ImageNet is converted already: s3://{aws.bucket}/{cloud.BETONS}/; to convert anew, remove what is there "
+            f"and s3://{aws.bucket}/{store.prefix}/ first"
+        )
+    check_bucket(aws, args)
+    origin = origins.parse(args.origin)
+    secret = origins.secret(origin, getpass.getpass)
+    files = origins.listing(origin, secret, aws.client("s3"))
+    gigabytes = sum(file.bytes for file in files) / 1e9
+    args.instance = args.instance or choose(aws, args, origin.kind, gigabytes)
+    record = {
+        "kind": "conversion",
+        "run": cloud.CONVERSION,
+        "bucket": aws.bucket,
+        "region": aws.region,
+        "from": origins.words(origin),
+        "source": origin.places[0].removeprefix("s3://") if origin.kind == "s3" else None,
+        "secret": secret_name(aws.bucket) if secret else None,
+        "config": args.config,
+        "settings": args.set,
+        "commit": launch.pinned_commit(args.commit),
+        "instance": args.instance,
+        "spot": False,
+        "idle_minutes": IDLE_MINUTES,
+        "notify": args.notify and mail.address(args.notify),
+        "attempt": (before["attempt"] + 1) if before else 1,
+        "instance_id": None,
+    }
+    read_config(args.config)  # a mistyped path ends here
+    zones, image = subnets(aws), find_image(aws, args, UBUNTU_PARAMETER)
+    prices, source = launch.hourly_prices(aws, args.instance, False, zones)
+    record["dollars_per_hour"] = record["dollars_on_demand"] = max(prices.values())
+    spent = cloud.dollars(store.instances())
+    hours, low, high = aws.published.conversion_hours(args.instance, origin.kind, gigabytes)
+    record["budget"] = args.budget or round(spent + 2 * high * record["dollars_per_hour"] + 1)
+    print("\n".join(plan_lines(record, files, gigabytes, (hours, low, high), source, spent)))
+    if spent >= record["budget"]:
+        raise RunError(f"${spent:.2f} of ${record['budget']:.2f} are spent: give a higher --budget")
+    launch.ask(args, "convert")
+    if secret:
+        # made before the instance, which reads it once; only its role may
+        aws.client("ssm").put_parameter(
+            Name=record["secret"], Type="SecureString", Value=json.dumps(secret), Overwrite=True
+        )
+        aws.note(f"SSM parameter {record['secret']}, which the instance deletes at the end")
+    launch.begin(aws, store, record, image, zones, prices, spent)
+
+
+def choose(aws, args, kind, gigabytes):
+    """The type that converts for the fewest dollars, of those the disk and the account's quota allow."""
+    quota = quota_of(aws, "c6id.4xlarge", spot=False)
+    offers = aws.published.converters(kind, gigabytes)
+    allowed = [name for name, _, vcpus in offers if quota is None or vcpus <= quota]
+    if not allowed:
+        raise RunError(
+            f"{quota:.0f} vCPUs of on-demand standard instances are allowed, and the smallest that has the disk needs "
+            f"{min(vcpus for *_, vcpus in offers)}: ask for them with: aws service-quotas "
+            "request-service-quota-increase --service-code ec2 --quota-code L-1216C47A --desired-value 16"
+        )
+    return allowed[0]
+
+
+def plan_lines(record, files, gigabytes, hours, source, spent):
+    names = ", ".join(os.path.basename(file.name) for file in files[:3])
+    more = f" and {len(files) - 3} more" if len(files) > 3 else ""
+    price = record["dollars_per_hour"]
+    middle, low, high = hours
+    yield f"{' '.join(record['from'])}: {len(files)} files, {gigabytes:.1f} GB ({names}{more}), all there"
+    yield f"{record['config']} at {record['commit'][:12]} {' '.join(record['settings'])}".rstrip()
+    yield f"on one {record['instance']}, on demand, {record['region']}: ${price:.3f}/h ({source})"
+    yield (
+        f"projected: {middle:.1f} h ({low:.1f} to {high:.1f}, by the origin's speed), ${middle * price:.2f} "
+        f"(${low * price:.2f} to ${high * price:.2f}); while it lasts the bucket keeps a copy of what was fetched, "
+        f"${gigabytes * 0.023 / 30:.2f} a day"
+    )
+    yield (
+        f"it ends at ${record['budget']:.2f}" + (f", of which ${spent:.2f} are spent" if spent else "")
+        + " at the latest; an interrupted one goes on with the same command"
+    )  # fmt: skip
