@@ -21,7 +21,7 @@ from datetime import UTC, datetime, timedelta
 
 from rn50.cloud.account import role_name
 
-END, BEGIN = "rn50-end", "rn50-begin"
+END, BEGIN = "end", "begin"
 # Another zone's instance before this one is gone would be a second one for the same run.
 SUSPENDED_FOR_GOOD = ["AZRebalance"]
 NOTHING = {"MinSize": 0, "MaxSize": 0, "DesiredCapacity": 0}
@@ -82,7 +82,7 @@ def throw(client, switches, refused=None):
 
 
 def _action(group, name, start, sizes):
-    given = {"AutoScalingGroupName": group, "ScheduledActionName": name, "StartTime": start, **sizes}
+    given = {"AutoScalingGroupName": group, "ScheduledActionName": f"{group}-{name}", "StartTime": start, **sizes}
     return "put_scheduled_update_group_action", given
 
 
@@ -138,7 +138,9 @@ def found(aws, run=None):
 def may_launch(group):
     """Whether the group would still launch an instance."""
     suspended = {process["ProcessName"] for process in group["SuspendedProcesses"]}
-    return group["DesiredCapacity"] > 0 and "Launch" not in suspended
+    # its first instance could not show that it may end the group, or has not come to it yet
+    unarmed = "ReplaceUnhealthy" in suspended and bool(group["Instances"])
+    return group["DesiredCapacity"] > 0 and "Launch" not in suspended and not unarmed
 
 
 def refusals(aws, group):

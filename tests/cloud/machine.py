@@ -112,6 +112,8 @@ class Machine:
             ("systemctl", SYSTEMCTL),
             ("shutdown", '#!/bin/bash\necho "shutdown $*" >>"$RN50_PREFIX/did"\n'),
             ("aws", AWS.format(python=sys.executable)),
+            # the system's; pyenv's would put its own folder, with an aws in it, before this one
+            ("python3", f'#!/bin/bash\nexec {Path(sys.executable).resolve()} "$@"\n'),
         ):
             (tools / name).write_text(text)
             (tools / name).chmod(0o755)

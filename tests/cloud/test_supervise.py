@@ -271,7 +271,7 @@ def test_a_living_instance_moves_the_end_of_its_group_on(supervised, monkeypatch
     supervised(STATUS + "time.sleep(0.8); status('finished')", **GROUPS)
     moved = [p for o, p in supervised.calls if o == "put_scheduled_update_group_action"]
     assert [(p["AutoScalingGroupName"], p["ScheduledActionName"]) for p in moved[:3]] == [
-        ("g-1-on-demand", "rn50-end"),
+        ("g-1-on-demand", "g-1-on-demand-end"),
     ] * 3  # an instance that is not spot has the second group, and leaves the first alone
     assert 6 * 3600 - 2 < datetime.fromisoformat(moved[0]["StartTime"]).timestamp() - before < 6 * 3600 + 60
 
