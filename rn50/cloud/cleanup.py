@@ -8,6 +8,8 @@ from rn50.cloud import group
 from rn50.cloud import store as cloud
 from rn50.cloud.account import check_bucket, converter_name, role_name, secret_name
 from rn50.cloud.aws import ALIVE, command, instances_of, once_ready, pause
+from rn50.cloud.fetch import SOURCE, delete_objects
+from rn50.cloud.snapshot import PARTIAL
 from rn50.cloud.status import known_run
 from rn50.errors import RunError
 
@@ -33,6 +35,8 @@ def stop(aws, args):
     alive = instances_of(aws, args.run)
     if alive:
         aws.client("ec2").terminate_instances(InstanceIds=[i["InstanceId"] for i in alive])
+    if record.get("secret"):
+        forget_secret(aws)
     again = command(aws, "convert") if record.get("kind") else command(aws, "resume", args.run)
     print(f"terminated. Go on with: {again}")
 
@@ -111,15 +115,12 @@ def find_everything(aws, data):
                 lambda key=key, number=number: s3.abort_multipart_upload(Bucket=aws.bucket, Key=key, UploadId=number),
             )
         )
-    if data:
-        found = cloud.objects(s3, aws.bucket, f"{cloud.PREFIX}/")
-        text = f"{len(found)} objects, {sum(found.values()) / 1e9:.2f} GB, in s3://{aws.bucket}/{cloud.PREFIX}/"
-
-        def delete_objects():
-            for key in found:
-                s3.delete_object(Bucket=aws.bucket, Key=key)
-
-        things += [(text, delete_objects)] if found else []
+    prefixes = [cloud.PREFIX] if data else [SOURCE, PARTIAL]  # what an unfinished conversion keeps costs 11 cents a day
+    for prefix in prefixes:
+        found = list(cloud.objects(s3, aws.bucket, f"{prefix}/").items())
+        text = f"{len(found)} objects, {sum(size for _, size in found) / 1e9:.2f} GB, in s3://{aws.bucket}/{prefix}/"
+        delete = partial(delete_objects, s3, aws.bucket, [key for key, _ in found])
+        things += [(text, delete)] if found else []
     return things
 
 
@@ -139,21 +140,22 @@ def role_and_profile(iam, role):
 
 def secret_and_topic(aws):
     """A conversion's token that was left behind, and the topic of the mails."""
-    ssm, sns, name = aws.client("ssm"), aws.client("sns"), secret_name(aws.bucket)
-    record = aws.store(cloud.CONVERSION).read("launch.json") or {}
-    if record.get("secret") and (aws.store(cloud.CONVERSION).read("ended") or {}).get("state") != "finished":
-
-        def delete_secret():
-            with contextlib.suppress(ssm.exceptions.ParameterNotFound):
-                ssm.delete_parameter(Name=name)
-
-        yield f"SSM parameter {name}", delete_secret
+    sns, store = aws.client("sns"), aws.store(cloud.CONVERSION)
+    if (store.read("launch.json") or {}).get("secret") and store.read("ended") is None:
+        yield f"SSM parameter {secret_name(aws.bucket)}", partial(forget_secret, aws)
     runs = {
         key.split("/")[0] for key in cloud.objects(aws.client("s3"), aws.bucket, f"{cloud.RUNS}/", f"{cloud.RUNS}/")
     }
     topics = {(aws.store(run).read("launch.json") or {}).get("notify") for run in runs} - {None}
     for topic in sorted(topics):
         yield f"topic {topic}", partial(sns.delete_topic, TopicArn=topic)
+
+
+def forget_secret(aws):
+    """Delete a conversion's token, which the instance deletes where it comes to its end."""
+    ssm = aws.client("ssm")
+    with contextlib.suppress(ssm.exceptions.ParameterNotFound):
+        ssm.delete_parameter(Name=secret_name(aws.bucket))
 
 
 def delete_profile(iam, name, roles):

@@ -92,6 +92,7 @@ class Instance:
         self.converts = self.record.get("kind") == "conversion"
         self.folder = ROOT / "runs" / self.record["run"]
         self.postman = Postman(store, record, client, say)
+        self._client = client
         self._scaling = client("autoscaling") if self.groups else None
         self._renewed = time.monotonic()
 
@@ -147,8 +148,20 @@ class Instance:
             say(f"warning: S3 does not take how the run ended: {str(error).splitlines()[0]}")
         if self.group:
             group.throw(self._scaling, group.ending(self.groups), refused=self._refused)
+        if self.record.get("secret"):
+            self._forget_secret()
         self.postman.tell(state, f"{reason}\n{self._figures()}")
         switch_off()
+
+    def _forget_secret(self):
+        """Delete the token of a conversion, which the command asks for again if it goes on."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        try:
+            self._client("ssm").delete_parameter(Name=self.record["secret"])
+        except (BotoCoreError, ClientError) as error:
+            if "ParameterNotFound" not in str(error):
+                say(f"warning: {self.record['secret']} is still there: {str(error).splitlines()[0]}")
 
     def _last_word(self, state, reason, files=()):
         say(f"{state}: {reason}; switching off")
