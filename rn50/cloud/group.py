@@ -22,6 +22,7 @@ from datetime import UTC, datetime, timedelta
 from rn50.cloud.account import role_name
 
 END, BEGIN = "end", "begin"
+ON_DEMAND = "-on-demand"
 # Another zone's instance before this one is gone would be a second one for the same run.
 SUSPENDED_FOR_GOOD = ["AZRebalance"]
 NOTHING = {"MinSize": 0, "MaxSize": 0, "DesiredCapacity": 0}
@@ -31,7 +32,7 @@ ONE = {"MinSize": 0, "MaxSize": 1, "DesiredCapacity": 1}
 def names(bucket, run, attempt, fallback):
     """The names of an attempt's groups: that of spot instances, and the one that takes its place."""
     name = f"{role_name(bucket)}-{run}-{attempt}"
-    return [name, f"{name}-on-demand"] if fallback else [name]
+    return [name, f"{name}{ON_DEMAND}"] if fallback else [name]
 
 
 def arming(group):
@@ -162,12 +163,11 @@ def remove(aws, groups):
         # deleting takes AWS minutes, in which it would go on launching
         throw(scaling, ending([name]))
         scaling.delete_auto_scaling_group(AutoScalingGroupName=name, ForceDelete=True)
-    for name in {template for group in groups if (template := template_of(group))}:
+    for name in {template_of(group) for group in groups}:
         with contextlib.suppress(ec2.exceptions.ClientError):  # two groups have one; or it was deleted by hand
             ec2.delete_launch_template(LaunchTemplateName=name)
 
 
 def template_of(group):
-    """The name of a group's launch template, or None."""
-    launch = (group.get("MixedInstancesPolicy") or {}).get("LaunchTemplate", {})
-    return launch.get("LaunchTemplateSpecification", {}).get("LaunchTemplateName")
+    """The name of a group's launch template: that of the attempt's first group."""
+    return group["AutoScalingGroupName"].removesuffix(ON_DEMAND)
