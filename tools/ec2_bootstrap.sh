@@ -62,6 +62,11 @@ if [[ -z $prefix ]]; then
     systemctl stop apt-daily.timer apt-daily-upgrade.timer apt-daily.service apt-daily-upgrade.service || true
     echo 'DPkg::Lock::Timeout "900";' >/etc/apt/apt.conf.d/90rn50
     export NEEDRESTART_SUSPEND=1 # else Ubuntu 24.04 restarts services whose libraries are replaced
+    # that timeout is for dpkg's lock; apt's own, on the lists, is waited for here, a quarter of an hour at most
+    for _ in {1..45}; do
+        apt-get update && break
+        sleep 20
+    done
 fi
 tries=3
 until bash tools/setup.sh; do

@@ -17,7 +17,7 @@ import yaml
 from rn50.command import run
 from rn50.errors import RunError, UsageError
 from rn50.files import read_rows, write_result
-from rn50.planning import costs, projection, speeds, top1
+from rn50.planning import conversion, costs, projection, speeds, top1
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIDENT = 0.9
@@ -142,8 +142,8 @@ def report(table, rows, args):
     )
     month = sum(speeds.beton_gb(table, side) for side in costs.LADDER) * table.value("s3_dollars_gb_month")
     yield (
-        "dollars: set-up, staging, training, evaluation. Not in it: making the betons ($6 once), "
-        f"S3 (${month:.0f} a month)."
+        f"dollars: set-up, staging, training, evaluation. Not in it: the conversion, once (${converting(table)[1]:.2f}, "
+        f"on EC2), S3 (${month:.0f} a month)."
     )
     yield "limit: what sets the pace; memory: the recipe's micro-batch may not fit the GPU."
     yield f"Basis of {best['recipe']} on {best['instance']}: {best['basis']}."
@@ -222,7 +222,12 @@ def two_stages(table, rows, args):
     expected = top1.outlook(table, family, epochs)
     passes, _ = top1.acceptance(table, expected, args.target)
     reaches = f"P(>= {args.target:g})"
+    hours, dollars, low, high, machine = converting(table)
     yield f"The plan, on one {best['instance']}, {priced(args)}:"
+    yield (
+        f"  0. tools/ec2.py convert --from hf, once: {hours:.1f} h, ${dollars:.2f} (${low:.2f} to ${high:.2f}), on one "
+        f"{machine} on demand."
+    )
     yield (
         f"  1. {first['recipe']}: {first['hours']:.0f} h, {money(first)}. Published: "
         f"{top1.first_stage(table).published:g} %; expected here: "
@@ -237,7 +242,10 @@ def two_stages(table, rows, args):
         f"     {reaches} = {chance(best):.2f} after a passed first stage, {best['probability_of_target']:.2f} before "
         "anything is known."
     )
-    yield f"  Both: {best['both']['hours']:.0f} h, {money(best['both'])}."
+    yield (
+        f"  Both: {best['both']['hours']:.0f} h, {money(best['both'])}; with the conversion "
+        f"${best['both']['dollars'] + dollars:.0f}."
+    )
     here = [row for row in rows if row["instance"] == best["instance"]]
     enough = [row for row in here if row["probability_of_target"] >= CONFIDENT]
     within = [row for row in here if row["dollars"] <= args.budget]
@@ -257,6 +265,12 @@ def two_stages(table, rows, args):
         "sources in costs.csv."
     )
     yield ""
+
+
+def converting(table):
+    """(hours, dollars, lowest, highest dollars, instance type) of making the betons on EC2 from Hugging Face."""
+    dollars, hours, machine = conversion.offers(table, "hf")[0]
+    return hours[0], dollars, hours[1] * machine["value"], hours[2] * machine["value"], machine["name"]
 
 
 def recipe_named(name):
@@ -416,7 +430,8 @@ def proposal(rows, args):
         )
         odds += f" after a passed first stage, {best['probability_of_target']:.2f} before it"
     speed = "tools/preflight.py's measurement on it" if args.preflight else "published throughput"
-    asked = max(25, 5 * math.ceil(1.5 * both["dollars_high"] / 5))
+    hours, dollars, low, high, machine = converting(costs.read_table())
+    asked = max(25, 5 * math.ceil((1.5 * both["dollars_high"] + high) / 5))
     return f"""# Request for AWS credits: ResNet-50 on ImageNet to {args.target:g} % top-1
 
 **Goal.** Train ResNet-50 from scratch on ImageNet-1k to at least {args.target:g} % top-1 (224 px, single view, 50,000
@@ -427,12 +442,13 @@ validation images) and publish the code, the log, the cost and the weights.
 | | projected | range (80 %) |
 |---|---|---|
 | hours of `{best["recipe"]}`, billed | {best["hours"]:.1f} ({spelled}) | +-{best["hours_error"]:.0%} (typical error) |
+| ImageNet to the bucket, once ({machine}) | {hours:.1f} h, ${dollars:.2f} | ${low:.2f} to ${high:.2f} |
 | hours of all stages | {both["hours"]:.1f} | |
 | dollars of all stages | ${both["dollars"]:.2f} | ${both["dollars_low"]:.2f} to ${both["dollars_high"]:.2f} |
 | top-1, 224 px, single view | {best["top1"]:.2f} % | {best["top1_low"]:.2f} to {best["top1_high"]:.2f} % |
 | P(top-1 >= {args.target:g} %) | {odds} | |
 
-**We ask for ${asked}**: the upper end of that range and half of it again for a rehearsal and a repeat.
+**We ask for ${asked}**: the upper ends of these ranges, and half of the stages' again for a rehearsal and a repeat.
 
 **Evidence so far.**
 

@@ -7,7 +7,7 @@ from functools import partial
 from rn50.cloud import group
 from rn50.cloud import store as cloud
 from rn50.cloud.account import check_bucket, converter_name, role_name, secret_name
-from rn50.cloud.aws import ALIVE, command, instances_of, once_ready, pause
+from rn50.cloud.aws import ALIVE, command, instances_of, not_known_yet, once_ready, pause
 from rn50.cloud.fetch import SOURCE, delete_objects
 from rn50.cloud.snapshot import PARTIAL
 from rn50.cloud.status import known_run
@@ -34,7 +34,7 @@ def stop(aws, args):
     group.remove(aws, groups)
     alive = instances_of(aws, args.run)
     if alive:
-        aws.client("ec2").terminate_instances(InstanceIds=[i["InstanceId"] for i in alive])
+        end_instances(aws, alive)
     if record.get("secret"):
         forget_secret(aws)
     again = command(aws, "convert") if record.get("kind") else command(aws, "resume", args.run)
@@ -83,12 +83,7 @@ def find_everything(aws, data):
     alive = instances_of(aws, states=(*ALIVE, "shutting-down"))
     if alive:
         ids = [i["InstanceId"] for i in alive]
-
-        def end_instances():
-            ec2.terminate_instances(InstanceIds=ids)
-            ec2.get_waiter("instance_terminated").wait(InstanceIds=ids)
-
-        things.append((f"instances {', '.join(ids)}", end_instances))
+        things.append((f"instances {', '.join(ids)}", partial(end_instances, aws, alive, wait=True)))
     ours = [{"Name": "tag:project", "Values": ["rn50"]}]
     free = [*ours, {"Name": "status", "Values": ["available"]}, of_bucket(aws)]
     for volume in ec2.describe_volumes(Filters=free)["Volumes"]:
@@ -122,6 +117,14 @@ def find_everything(aws, data):
         delete = partial(delete_objects, s3, aws.bucket, [key for key, _ in found])
         things += [(text, delete)] if found else []
     return things
+
+
+def end_instances(aws, alive, wait=False):
+    """Terminate them; one that was launched just now is not known everywhere yet."""
+    ec2, ids = aws.client("ec2"), [instance["InstanceId"] for instance in alive]
+    once_ready(ec2.terminate_instances, not_known_yet, InstanceIds=ids)
+    if wait:
+        ec2.get_waiter("instance_terminated").wait(InstanceIds=ids)
 
 
 def of_bucket(aws):

@@ -279,7 +279,10 @@ class Reporter:
                 self._send(path)
             return True
         except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as error:
-            self.say(f"warning: S3 does not take what this instance reports: {str(error).splitlines()[0]}")
+            from rn50.cloud.aws import advice_in
+
+            advice = f": {found}" if (found := advice_in(str(error))) else ""
+            self.say(f"warning: S3 does not take what this instance reports: {str(error).splitlines()[0]}{advice}")
             return False
 
     def _send(self, path):

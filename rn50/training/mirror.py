@@ -4,6 +4,7 @@ import os
 import threading
 from pathlib import Path
 
+from rn50.cloud.aws import advice_in
 from rn50.cloud.store import RECORDS
 from rn50.errors import RunError, UsageError
 from rn50.training.checkpoint import LAST, wait_until
@@ -144,8 +145,10 @@ class Mirror:
     def _say(self, error):
         if not self._failing:
             self._failing = True
+            advice = f": {found}" if (found := advice_in(str(error))) else ""
             self._warn(
-                f"cannot use the mirror {self.url} ({_first_line(error)}); training goes on, and this is tried again"
+                f"cannot use the mirror {self.url} ({_first_line(error)}){advice}; training goes on, and this is tried "
+                "again"
             )
 
 

@@ -66,7 +66,7 @@ def put(account, key, value):
     account.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
 
 
-def broken(monkeypatch, service, operation, code, times=1):
+def broken(monkeypatch, service, operation, code, times=1, message=None):
     """The operation fails `times` times before it reaches moto."""
     real, left = aws_module.Aws.client, [times]
 
@@ -78,7 +78,8 @@ def broken(monkeypatch, service, operation, code, times=1):
             def fail(**options):
                 if left[0] > 0:
                     left[0] -= 1
-                    raise ClientError({"Error": {"Code": code, "Message": f"{code} of a test (profile)"}}, operation)
+                    text = message or f"{code} of a test (profile)"
+                    raise ClientError({"Error": {"Code": code, "Message": text}}, operation)
                 return method(**options)
 
             return SimpleNamespace(

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import boto3
 import pytest
+from boto3.exceptions import S3UploadFailedError
 
 from rn50.cloud import account as accounts
 from rn50.cloud import aws as aws_module
@@ -351,3 +352,67 @@ def test_a_budget_is_a_sum_of_money(budget):
     with pytest.raises(SystemExit) as caught:
         ec2.main(["launch", "--bucket", BUCKET, "--config", CONFIG, "--budget", budget])
     assert caught.value.code == 2
+
+
+ANSWERS = {
+    "InvalidParameterCombination": (
+        "The specified instance type is not eligible for Free Tier. For a list of Free Tier instance types, run "
+        "'describe-instance-types' with the filter 'free-tier-eligible=true'.",
+        "upgrade it to the paid plan",
+    ),
+    "PendingVerification": (
+        "Your request for accessing resources in this region is being validated, and you will not be able to launch "
+        "additional resources in this region until the validation is complete.",
+        "AWS is still checking this new account",
+    ),
+    "VcpuLimitExceeded": (
+        "You have requested more vCPU capacity than your current vCPU limit of 0 allows for the instance bucket that "
+        "the specified instance type belongs to.",
+        "ask for a higher vCPU quota",
+    ),
+    "Unsupported": (
+        "Your requested instance type (g5.2xlarge) is not supported in your requested Availability Zone (us-east-1e).",
+        "no zone has a g5.2xlarge now",
+    ),
+    "OptInRequired": ("You are not subscribed to this service.", "finish signing up"),
+    "Blocked": ("This account is currently blocked and not recognized as a valid account.", "Your support cases"),
+    "RequestTimeTooSkewed": ("The difference between the request time and the current time is too large.", "set-ntp"),
+    "UnauthorizedOperation": ("You are not authorized to perform this operation.", "docs/ec2.md has the policy"),
+}
+
+
+@pytest.mark.parametrize("code", ANSWERS)
+def test_what_real_accounts_answer_is_one_line_with_what_to_do(cloud_account, monkeypatch, code):
+    message, advice = ANSWERS[code]
+    broken(monkeypatch, "ec2", "run_instances", code, times=99, message=message)
+    with pytest.raises(RunError) as caught:
+        launch(cloud_account)
+    assert advice in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert alive(cloud_account) == []
+
+
+def test_one_zone_without_the_type_is_no_reason_to_end(cloud_account, monkeypatch):
+    broken(monkeypatch, "ec2", "run_instances", "Unsupported", times=1)
+    assert launch(cloud_account)["State"]["Name"] == "running"
+
+
+def test_an_instance_that_ec2_does_not_know_everywhere_yet_can_be_ended(cloud_account, monkeypatch):
+    launch(cloud_account)
+    broken(monkeypatch, "ec2", "terminate_instances", "InvalidInstanceID.NotFound", times=2)
+    ec2.main(["clean", "--bucket", BUCKET, "--yes"])
+    assert alive(cloud_account) == []
+
+
+def test_an_upload_with_a_wrong_clock_says_so(cloud_account, monkeypatch):
+    """boto3's uploads hide S3's answer in a text."""
+    text = (
+        "Failed to upload x to bucket/y: An error occurred (RequestTimeTooSkewed) when calling the PutObject operation"
+    )
+
+    def fail(*arguments):
+        raise S3UploadFailedError(f"{text}: The difference between the request time and the current time is too large.")
+
+    monkeypatch.setattr(launching, "upload_code", fail)
+    with pytest.raises(RunError, match="this machine's clock is wrong: set it"):
+        launch(cloud_account)

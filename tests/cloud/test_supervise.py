@@ -196,9 +196,10 @@ def test_systemds_stop_is_passed_on_and_switches_nothing_off(supervised):
     assert (record["state"], record["reason"], code, off) == ("interrupted", "SIGTERM", 0, 0)
 
 
-def test_without_s3_the_training_goes_on(supervised, monkeypatch, capsys):
+@pytest.mark.parametrize("code", ["503", "AccessDenied", "RequestTimeTooSkewed", "NoSuchBucket"])
+def test_without_s3_the_training_goes_on(supervised, monkeypatch, capsys, code):
     def unreachable(*args):
-        raise ClientError({"Error": {"Code": "503", "Message": "Slow Down"}}, "PutObject")
+        raise ClientError({"Error": {"Code": code, "Message": "no"}}, "PutObject")
 
     monkeypatch.setattr(supervised.store, "read_bytes", unreachable)
     record, code, off = supervised(STATUS + "time.sleep(0.5); status('finished')")
