@@ -85,11 +85,12 @@ RUN_BY = {
     ],
     "cloud/test_staging.py::test_every_command_of_the_page_runs": [
         ".venv/bin/python tools/ec2.py doctor --bucket BUCKET --instance g5.2xlarge --spot",
+        ".venv/bin/python tools/ec2.py convert --bucket BUCKET --from hf",
         ".venv/bin/python tools/ec2.py launch --bucket BUCKET --config rn50_configs/rn50_mild_28.yaml "
         "--instance g5.2xlarge --spot --budget 6",
         ".venv/bin/python tools/ec2.py launch --bucket BUCKET --config rn50_configs/rn50_78.yaml "
         "--instance g5.2xlarge --spot --budget 19",
-        ".venv/bin/python tools/ec2.py status --bucket BUCKET --run rn50_78",
+        ".venv/bin/python tools/ec2.py status --bucket BUCKET --run rn50_78 --watch",
         ".venv/bin/python tools/ec2.py clean --bucket BUCKET",
     ],
     "publishing/test_export.py::test_the_exported_network_is_the_checkpoints_ema_on_real_images": [

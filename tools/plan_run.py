@@ -142,8 +142,8 @@ def report(table, rows, args):
     )
     month = sum(speeds.beton_gb(table, side) for side in costs.LADDER) * table.value("s3_dollars_gb_month")
     yield (
-        f"dollars: set-up, staging, training, evaluation. Not in it: the conversion, once (${converting(table)[1]:.2f}, "
-        f"on EC2), S3 (${month:.0f} a month)."
+        "dollars: set-up, staging, training, evaluation. Not in it: the conversion, once "
+        f"(${converting(table)[1]:.2f} on EC2), S3 (${month:.0f} a month)."
     )
     yield "limit: what sets the pace; memory: the recipe's micro-batch may not fit the GPU."
     yield f"Basis of {best['recipe']} on {best['instance']}: {best['basis']}."

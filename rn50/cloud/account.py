@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from rn50.cloud import store as cloud
-from rn50.cloud.aws import ADVICE, TAG, aws_errors, command, once_ready, tags
+from rn50.cloud.advice import ADVICE
+from rn50.cloud.aws import TAG, aws_errors, command, once_ready, tags
 from rn50.errors import RunError
 
 AMI_PARAMETER = "/aws/service/deeplearning/ami/x86_64/base-oss-nvidia-driver-gpu-ubuntu-24.04/latest/ami-id"

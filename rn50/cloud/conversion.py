@@ -11,6 +11,7 @@ import os
 from rn50.cloud import launch, mail, origins
 from rn50.cloud import store as cloud
 from rn50.cloud.account import UBUNTU_PARAMETER, check_bucket, find_image, quota_of, secret_name, subnets
+from rn50.cloud.prices import hourly_prices
 from rn50.cloud.status import read_config, refuse_second
 from rn50.errors import RunError
 
@@ -55,7 +56,7 @@ def convert(aws, args):
     }
     read_config(args.config)  # a mistyped path ends here
     zones, image = subnets(aws), find_image(aws, args, UBUNTU_PARAMETER)
-    prices, source = launch.hourly_prices(aws, args.instance, False, zones)
+    prices, source = hourly_prices(aws, args.instance, False, zones)
     record["dollars_per_hour"] = record["dollars_on_demand"] = max(prices.values())
     spent = cloud.dollars(store.instances())
     hours, low, high = aws.published.conversion_hours(args.instance, origin.kind, gigabytes)

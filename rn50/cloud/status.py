@@ -70,20 +70,7 @@ def view_of(aws, store, record, now):
     alive = {i["InstanceId"]: i for i in found if i["State"]["Name"] in ALIVE}
     reported = {r["instance_id"] for r in records}
     # what has not reported yet costs, too
-    records += [
-        {
-            "instance_id": name,
-            "state": f"{instance['State']['Name']}, has not reported yet",
-            "started": min(now, instance["LaunchTime"].timestamp()),
-            "seen": now,
-            "dollars_per_hour": cloud.price_of(record, instance["InstanceType"], instance.get("InstanceLifecycle")),
-            "type": instance["InstanceType"],
-            "market": instance.get("InstanceLifecycle", "on-demand"),
-            "unreported": True,
-        }
-        for name, instance in alive.items()
-        if name not in reported
-    ]
+    records += [unreported(record, alive[name], now) for name in alive if name not in reported]
     ended, rows, spent = store.read("ended"), rows_of(store), cloud.dollars(records)
     converts = record.get("kind") == "conversion"
     epochs = None if converts else epochs_of(store, record)
@@ -105,10 +92,25 @@ def view_of(aws, store, record, now):
         "budget": record["budget"],
         "forecast": forecast(record, rows, epochs, spent) if rows else None,
         "instances": records,
-        "notes": [*notes_of(aws, store, record, found, alive, records, groups, waits, ended, now)],
+        "notes": [*notes_of(aws, store, record, found, alive, records, rows, groups, waits, ended, now)],
         "log": console.decode(errors="replace").strip().splitlines()[-5:],
         "ended": store.read("status.json"),
         "over": bool(ended) and not alive,
+    }
+
+
+def unreported(record, instance, now):
+    """The record that an instance of EC2's list would have, had it said anything yet."""
+    market = instance.get("InstanceLifecycle", "on-demand")
+    return {
+        "instance_id": instance["InstanceId"],
+        "state": f"{instance['State']['Name']}, has not reported yet",
+        "started": min(now, instance["LaunchTime"].timestamp()),
+        "seen": now,
+        "dollars_per_hour": cloud.price_of(record, instance["InstanceType"], market),
+        "type": instance["InstanceType"],
+        "market": market,
+        "unreported": True,
     }
 
 
@@ -131,7 +133,7 @@ def state_line(record, last, alive, waits, ended, now):
     return f"instance {last['instance_id']}: {state}; {last['state']}{reason}, seen {span(now - last['seen'])} ago"
 
 
-def notes_of(aws, store, record, found, alive, records, groups, waits, ended, now):
+def notes_of(aws, store, record, found, alive, records, rows, groups, waits, ended, now):
     """What a person should know or do, as lines."""
     again = command(store, "convert" if record.get("kind") else "resume", None if record.get("kind") else record["run"])
     last = records[-1] if records else None
@@ -141,6 +143,7 @@ def notes_of(aws, store, record, found, alive, records, groups, waits, ended, no
         pace = last.get("pace")
         if pace and pace["share"] < LOW:
             yield f"warning: {slow_line(pace)}: a stolen or throttled GPU, or a slow disk? stop and resume move it"
+    yield from (f"warning: {found['cause']}: {found['text']}" for found in cloud.warnings_of(rows))
     name = record["instance_id"]
     if name and name not in {r["instance_id"] for r in records} | set(alive):
         why = next((i.get("StateReason", {}).get("Message") for i in found if i["InstanceId"] == name), None)

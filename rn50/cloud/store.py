@@ -22,6 +22,7 @@ import time
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
+from rn50.cloud.advice import advice_in
 from rn50.errors import RunError, UsageError
 from rn50.files import sha256
 
@@ -127,6 +128,12 @@ def objects(client, bucket, prefix, strip=""):
 def dollars(records):
     """What the instances of these records have cost, from their start to when they were last seen. Without storage."""
     return sum(max(0.0, r["seen"] - r["started"]) / 3600 * r["dollars_per_hour"] for r in records)
+
+
+def warnings_of(rows):
+    """[{"cause", "text"}] of what a run finds wrong with itself, by the newest row of its log."""
+    found = rows[-1].get("forecast") if rows else None
+    return found.get("warnings", []) if isinstance(found, dict) else []
 
 
 def price_of(record, instance_type, market):
@@ -279,8 +286,6 @@ class Reporter:
                 self._send(path)
             return True
         except (BotoCoreError, ClientError, S3UploadFailedError, OSError) as error:
-            from rn50.cloud.aws import advice_in
-
             advice = f": {found}" if (found := advice_in(str(error))) else ""
             self.say(f"warning: S3 does not take what this instance reports: {str(error).splitlines()[0]}{advice}")
             return False

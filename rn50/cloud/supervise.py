@@ -29,7 +29,7 @@ from rn50.cloud.mail import BUDGET_SHARE, Postman
 from rn50.cloud.pace import LOW, Pace, slow_line
 from rn50.command import run
 from rn50.errors import RunError, UsageError
-from rn50.files import read_json
+from rn50.files import read_json, read_rows
 
 POLL_SECONDS = float(os.environ.get("RN50_POLL_SECONDS", 5))
 # What saving and mirroring the last checkpoint may take after a stop was asked for; and what dying may, after a kill.
@@ -105,7 +105,7 @@ class Instance:
         while (holder := self.store.claim(self.id)) is not None:
             if time.monotonic() > give_up:
                 self.step_aside(f"{holder} has this run")
-                raise RunError(f"{holder} has this run")
+                wait_to_be_off()
             say(f"waiting: {holder} has this run, and is alive")
             self.beat("waiting", reason=f"{holder} has this run")
             time.sleep(4 * POLL_SECONDS)
@@ -122,6 +122,12 @@ class Instance:
             self._renewed = time.monotonic()
             switches = group.renewal(self.groups, self.group, self.record["patience_hours"], time.time())
             group.throw(self._scaling, switches, refused=self._refused)
+
+    def tell_warnings(self):
+        """Mail what the run finds wrong with itself, each once: what is wrong early need not be paid for to the end."""
+        rows = read_rows(self.folder / "log.jsonl", warn=lambda text: None)
+        for found in cloud.warnings_of(rows):
+            self.postman.tell(found["cause"], found["text"], once=f"warning: {found['cause']}")
 
     def step_aside(self, reason):
         """Switch off for the other instance of this run: the group has one less from then on, but goes on."""
@@ -267,6 +273,7 @@ def watch(child, asked, instance):
                 pace.add(progress)
                 instance.beat(instance_state(instance), progress=progress, pace=pace.now())
                 instance.renew()
+                instance.tell_warnings()
                 why = why or stop_reason(instance, idle_minutes=(now - moved) / 60, pace=pace.now())
             if why:
                 say(f"asking the training to stop: {why}")
@@ -323,6 +330,12 @@ def expected_rates(instance):
 
 def switch_off():
     subprocess.run(["shutdown", "-h", "now"], check=True)
+
+
+def wait_to_be_off():
+    """What ended with an error would be taken for a set-up that failed, which ends the run of the other one, too."""
+    while True:
+        signal.pause()
 
 
 def activity(folder):

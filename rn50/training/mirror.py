@@ -4,7 +4,7 @@ import os
 import threading
 from pathlib import Path
 
-from rn50.cloud.aws import advice_in
+from rn50.cloud.advice import advice_in
 from rn50.cloud.store import RECORDS
 from rn50.errors import RunError, UsageError
 from rn50.training.checkpoint import LAST, wait_until

@@ -3,6 +3,7 @@
 import base64
 import json
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import boto3
@@ -11,7 +12,7 @@ from botocore.exceptions import ClientError
 from botocore.stub import Stubber
 
 from rn50.cloud import aws as aws_module
-from rn50.cloud import launch as launching
+from rn50.cloud import prices
 from tools import ec2
 
 BUCKET = "bucket"
@@ -66,28 +67,32 @@ def put(account, key, value):
     account.s3.put_object(Bucket=BUCKET, Key=key, Body=body)
 
 
-def broken(monkeypatch, service, operation, code, times=1, message=None):
-    """The operation fails `times` times before it reaches moto."""
-    real, left = aws_module.Aws.client, [times]
+def replaced(monkeypatch, service, **operations):
+    """Functions in the place of a service's operations, each called as (moto's own, **parameters)."""
+    real = aws_module.Aws.client
 
     def client(self, name, region=None):
         made = real(self, name, region)
-        if name == service:
-            method = getattr(made, operation)
-
-            def fail(**options):
-                if left[0] > 0:
-                    left[0] -= 1
-                    text = message or f"{code} of a test (profile)"
-                    raise ClientError({"Error": {"Code": code, "Message": text}}, operation)
-                return method(**options)
-
-            return SimpleNamespace(
-                **{name: getattr(made, name) for name in dir(made) if not name.startswith("_")} | {operation: fail}
-            )
-        return made
+        if name != service:
+            return made
+        kept = {each: getattr(made, each) for each in dir(made) if not each.startswith("_")}
+        return SimpleNamespace(**kept | {each: partial(f, kept[each]) for each, f in operations.items()})
 
     monkeypatch.setattr(aws_module.Aws, "client", client)
+
+
+def broken(monkeypatch, service, operation, code, times=1, message=None):
+    """The operation fails `times` times before it reaches moto."""
+    left = [times]
+
+    def fail(own, **options):
+        if left[0] <= 0:
+            return own(**options)
+        left[0] -= 1
+        text = message or f"{code} of a test (profile)"
+        raise ClientError({"Error": {"Code": code, "Message": text}}, operation)
+
+    replaced(monkeypatch, service, **{operation: fail})
 
 
 def stub(monkeypatch, account, responses):
@@ -122,7 +127,7 @@ def price(monkeypatch, account, answers, instance="g5.2xlarge", spot=False, zone
     with monkeypatch.context() as patch:
         stub(patch, account, answers)
         aws = aws_module.Aws(SimpleNamespace(region="us-east-1", bucket=BUCKET), ec2.Published())
-        return launching.hourly_prices(aws, instance, spot, {zone: {} for zone in zones})
+        return prices.hourly_prices(aws, instance, spot, {zone: {} for zone in zones})
 
 
 def report(account, instance, state="training", ago=10, hours=2.0, **more):

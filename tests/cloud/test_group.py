@@ -6,11 +6,12 @@ import time
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
+import boto3
 import pytest
 
 from rn50.cloud import account as accounts
 from rn50.cloud import aws as aws_module
-from rn50.cloud import group
+from rn50.cloud import group, prices
 from rn50.cloud import launch as launching
 from rn50.errors import RunError, UsageError
 from tests.cloud.helpers import (
@@ -23,6 +24,7 @@ from tests.cloud.helpers import (
     only_instance,
     put,
     put_betons,
+    replaced,
     report,
     user_data,
 )
@@ -41,42 +43,31 @@ def record_of(account):
 
 def without_room(monkeypatch, *messages):
     """AWS launches nothing for a group, and says so: moto would launch at once, and has no activities."""
-    real = aws_module.Aws.client
     now = time.time()
     activities = [
         {"StatusCode": "Failed", "StatusMessage": message, "StartTime": datetime.fromtimestamp(now - 60 * k, UTC)}
         for k, message in enumerate(messages)
     ]
+    scaling = boto3.client("autoscaling")
 
-    def client(self, name, region=None):
-        made = real(self, name, region)
-        if name != "autoscaling":
-            return made
-        kept = {each: getattr(made, each) for each in dir(made) if not each.startswith("_")}
+    def update(own, **sizes):
+        if sizes.get("DesiredCapacity") != 1:
+            own(**sizes)
 
-        def update(**sizes):
-            if sizes.get("DesiredCapacity") != 1:
-                return made.update_auto_scaling_group(**sizes)
+    def describe(**which):
+        found = scaling.describe_auto_scaling_groups(**which)
+        for each in found["AutoScalingGroups"]:
+            if not each["AutoScalingGroupName"].endswith("-on-demand") and each["MaxSize"]:
+                each["DesiredCapacity"] = 1
+        return found
 
-        def describe(**which):
-            found = made.describe_auto_scaling_groups(**which)
-            for each in found["AutoScalingGroups"]:
-                if not each["AutoScalingGroupName"].endswith("-on-demand") and each["MaxSize"]:
-                    each["DesiredCapacity"] = 1
-            return found
-
-        pages = SimpleNamespace(paginate=lambda **which: [describe(**which)])
-        return SimpleNamespace(
-            **kept
-            | {
-                "update_auto_scaling_group": update,
-                "describe_auto_scaling_groups": describe,
-                "get_paginator": lambda operation: pages,
-                "describe_scaling_activities": lambda **which: {"Activities": activities},
-            }
-        )
-
-    monkeypatch.setattr(aws_module.Aws, "client", client)
+    replaced(
+        monkeypatch,
+        "autoscaling",
+        update_auto_scaling_group=update,
+        get_paginator=lambda own, name: SimpleNamespace(paginate=lambda **which: [describe(**which)]),
+        describe_scaling_activities=lambda own, **which: {"Activities": activities},
+    )
     monkeypatch.setattr(launching, "GROUP_SECONDS", 0.2)
 
 
@@ -144,27 +135,18 @@ def test_what_a_group_launches_is_as_closed_as_any_other_instance(cloud_account)
 
 def test_types_of_the_same_gpu_that_are_worth_it_and_allowed(cloud_account, monkeypatch):
     """g5: xlarge is smaller, 12xlarge has four GPUs; 16xlarge is over what the quota allows, 8xlarge is too dear."""
-    prices = {"g5.2xlarge": "0.5", "g5.4xlarge": "0.9", "g5.8xlarge": "1.3", "g5.16xlarge": "1.0", "g5.xlarge": "0.1"}
+    seen = {"g5.2xlarge": "0.5", "g5.4xlarge": "0.9", "g5.8xlarge": "1.3", "g5.16xlarge": "1.0", "g5.xlarge": "0.1"}
     history = [
         {"InstanceType": name, "AvailabilityZone": zone, "SpotPrice": dollars}
-        for name, dollars in prices.items()
+        for name, dollars in seen.items()
         for zone in ("us-east-1a", "us-east-1b")
     ]
-    real = aws_module.Aws.client
 
-    def client(self, name, region=None):
-        made = real(self, name, region)
-        if name != "ec2":
-            return made
-        kept = {each: getattr(made, each) for each in dir(made) if not each.startswith("_")}
+    def spot(own, InstanceTypes, **rest):
+        return {"SpotPriceHistory": [entry for entry in history if entry["InstanceType"] in InstanceTypes]}
 
-        def spot(InstanceTypes, **rest):
-            return {"SpotPriceHistory": [entry for entry in history if entry["InstanceType"] in InstanceTypes]}
-
-        return SimpleNamespace(**kept | {"describe_spot_price_history": spot})
-
-    monkeypatch.setattr(aws_module.Aws, "client", client)
-    monkeypatch.setattr(launching, "quota_of", lambda *args, **options: 32.0)
+    replaced(monkeypatch, "ec2", describe_spot_price_history=spot)
+    monkeypatch.setattr(prices, "quota_of", lambda *args, **options: 32.0)
     launch(cloud_account, plan=SPOT)
     record = record_of(cloud_account)
     assert record["types"] == {"g5.2xlarge": 0.5, "g5.4xlarge": 0.9}

@@ -3,14 +3,12 @@
 import hashlib
 import json
 import re
-from types import SimpleNamespace
 
 import boto3
 import pytest
 from boto3.exceptions import S3UploadFailedError
 
 from rn50.cloud import account as accounts
-from rn50.cloud import aws as aws_module
 from rn50.cloud import launch as launching
 from rn50.cloud import status
 from rn50.errors import RunError, UsageError
@@ -26,6 +24,7 @@ from tests.cloud.helpers import (
     only_instance,
     put,
     put_betons,
+    replaced,
     user_data,
 )
 from tools import ec2
@@ -180,20 +179,6 @@ def test_a_zone_without_room_is_followed_by_the_next(cloud_account, monkeypatch)
         launch(cloud_account, run="other")
 
 
-def replaced(service, operation, function):
-    """Aws.client, with one of a service's calls replaced."""
-    real = aws_module.Aws.client
-
-    def client(self, name, region=None):
-        made = real(self, name, region)
-        if name != service:
-            return made
-        kept = {name: getattr(made, name) for name in dir(made) if not name.startswith("_")}
-        return SimpleNamespace(**kept | {operation: function})
-
-    return client
-
-
 def test_a_new_profile_that_ec2_does_not_know_yet_is_waited_for(cloud_account, monkeypatch):
     broken(monkeypatch, "ec2", "run_instances", "InvalidParameterValue", times=3)
     assert launch(cloud_account)["State"]["Name"] == "running"
@@ -224,15 +209,15 @@ def test_a_token_of_a_terminated_instance_is_followed_by_another(cloud_account, 
 
 @pytest.mark.parametrize("operation", ["put_role_policy", "add_role_to_instance_profile"])
 def test_a_new_role_that_iam_itself_does_not_know_yet_is_waited_for(cloud_account, monkeypatch, operation):
-    made, left = aws_module.Aws(SimpleNamespace(region="us-east-1", bucket=BUCKET), ec2.Published()).client("iam"), [2]
+    left = [2]
 
-    def fail(**options):
-        if left[0] > 0:
-            left[0] -= 1
-            raise made.exceptions.NoSuchEntityException({"Error": {"Code": "NoSuchEntity"}}, operation)
-        return getattr(made, operation)(**options)
+    def fail(own, **options):
+        if left[0] <= 0:
+            return own(**options)
+        left[0] -= 1
+        raise cloud_account.iam.exceptions.NoSuchEntityException({"Error": {"Code": "NoSuchEntity"}}, operation)
 
-    monkeypatch.setattr(aws_module.Aws, "client", replaced("iam", operation, fail))
+    replaced(monkeypatch, "iam", **{operation: fail})
     assert launch(cloud_account)["State"]["Name"] == "running"
     assert left == [0]
 
@@ -269,7 +254,7 @@ def test_a_bucket_elsewhere_or_of_someone_else_is_refused(cloud_account, monkeyp
     put_betons(cloud_account, 64)
     there = {"LocationConstraint": "eu-west-1"}
     with monkeypatch.context() as patch:
-        patch.setattr(aws_module.Aws, "client", replaced("s3", "get_bucket_location", lambda **options: there))
+        replaced(patch, "s3", get_bucket_location=lambda own, **options: there)
         for command in (["launch", *PLAN, "--ami", IMAGE, "--commit", "HEAD"], ["clean", "--bucket", BUCKET, "--yes"]):
             with pytest.raises(RunError, match="bucket is in eu-west-1 and the region is us-east-1"):
                 ec2.main(command)

@@ -338,6 +338,11 @@ def test_the_second_of_two_waits_and_leaves_or_takes_over_where_the_first_is_sil
     monkeypatch.setattr(cloud, "HEARTBEAT_SECONDS", 0.1)
     off = []
     monkeypatch.setattr(supervise, "switch_off", lambda: off.append(True))
+
+    def wait_to_be_off():
+        raise InterruptedError("switched off")
+
+    monkeypatch.setattr(supervise, "wait_to_be_off", wait_to_be_off)
     calls = []
     first, second = (instance_of(cloud_account, name, calls) for name in ("i-1", "i-2"))
     first.beat("training")
@@ -351,8 +356,9 @@ def test_the_second_of_two_waits_and_leaves_or_takes_over_where_the_first_is_sil
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        with pytest.raises(Exception, match="i-1 has this run"):
+        with pytest.raises(InterruptedError):
             second.hold()
+        assert second.reporter.record["reason"] == "i-1 has this run"
     finally:
         beats.set()
         thread.join()

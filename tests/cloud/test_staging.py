@@ -5,12 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 
-from rn50.cloud import cleanup
+from rn50.cloud import cleanup, status, watch
 from rn50.cloud import launch as launching
 from rn50.cloud import store as cloud
 from rn50.errors import RunError
-from tests.cloud.helpers import BUCKET, IMAGE, alive, put, put_betons, quota, stub, with_image
+from tests import hub
+from tests.cloud.helpers import BUCKET, IMAGE, alive, put, put_betons, quota, replaced, stub
 from tests.conftest import ROOT
+from tests.data.test_imagenet import make_images, make_parquet
 from tools import ec2
 
 
@@ -51,8 +53,8 @@ def test_staging_says_what_is_not_there_or_does_not_fit(cloud_account, tmp_path,
 @pytest.mark.parametrize(
     ("page", "actions"),
     [
-        ("docs/ec2.md", "doctor launch status stop resume fetch clean"),
-        ("README.md", "doctor launch launch status clean"),
+        ("docs/ec2.md", "doctor convert launch status stop resume clean fetch"),
+        ("README.md", "doctor convert launch launch status clean"),
     ],
 )
 def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, capsys, page, actions):
@@ -62,13 +64,27 @@ def test_every_command_of_the_page_runs(cloud_account, monkeypatch, tmp_path, ca
     commands = [words[2:] for words in lines if words[1:2] == ["tools/ec2.py"]]
     assert [words[0] for words in commands] == actions.split()
     put_betons(cloud_account, 400)
-    stub(monkeypatch, cloud_account, {"service-quotas": quota(8.0), "ssm": with_image(cloud_account)})
+    stub(monkeypatch, cloud_account, {"service-quotas": quota(16.0)})
+
+    def parameter(own, Name, **options):
+        return own(Name=Name, **options) if Name.startswith("/rn50/") else {"Parameter": {"Value": IMAGE}}
+
+    replaced(monkeypatch, "ssm", get_parameter=parameter)
+    make_parquet(tmp_path / "hf", make_images())
+    monkeypatch.setenv("HF_TOKEN", hub.TOKEN)
+    # a screen is renewed until the run is over, which it never is here
+    monkeypatch.setattr(status.watch, "watch", lambda read, seconds: print("\n".join(watch.screen(read()))))
     monkeypatch.setattr(launching, "pinned_commit", lambda name: launching.git("rev-parse", "HEAD").decode().strip())
     monkeypatch.setattr(cleanup, "STOP_PATIENCE", 0.1)
     monkeypatch.setattr("builtins.input", lambda question: "yes")
     monkeypatch.chdir(tmp_path)
-    for words in commands:
-        ec2.main(words)
+    with hub.Origins() as server:
+        server.files = {f"data/{path.name}": path.read_bytes() for path in (tmp_path / "hf" / "data").iterdir()}
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        for words in commands:
+            ec2.main(words)
+            if words[0] == "convert":
+                ec2.main(["stop", "--bucket", BUCKET, "--run", "convert"])
     assert (tmp_path / "runs" / "rn50_78" / "launch.json").exists() == ("fetch" in actions)
     assert alive(cloud_account) == []
 

@@ -29,12 +29,15 @@ def test_status_shows_progress_dollars_and_the_last_lines(cloud_account, capsys)
     assert "epoch 2 of 8, 64 px, loss 1.500, top-1 51.00 % after epoch 2" in out
     assert "forecast: 6.0 h more at the pace of the last epochs, $" in out
     assert "  | three" in out
-    rows[-1] |= {"forecast": {"top1": 78.25, "evaluation": "224 px"}, "dollars_to_finish": 3.5}
+    warning = {"cause": "no learning", "text": "top-1 of guessing"}
+    own = {"top1": 78.25, "evaluation": "224 px", "warnings": [warning]}
+    rows[-1] |= {"forecast": own, "dollars_to_finish": 3.5}
     put(cloud_account, "rn50/runs/demo/log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     report(cloud_account, instance, ago=900)
     ec2.main(["status", "--bucket", BUCKET])
     out = capsys.readouterr().out
     assert "it runs but does not report" in out
+    assert "warning: no learning: top-1 of guessing" in out
     assert "forecast: top-1 78.2 % at 224 px, $4.50 in all" in out
     cloud_account.ec2.terminate_instances(InstanceIds=[instance["InstanceId"]])
     ec2.main(["status", "--bucket", BUCKET])

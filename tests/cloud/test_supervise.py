@@ -337,6 +337,15 @@ def test_four_fifths_of_the_budget_are_mailed_once_over_all_instances(supervised
     assert mail["TopicArn"] == TOPIC
 
 
+def test_what_the_run_finds_wrong_with_itself_is_mailed_once(supervised):
+    row = {"epoch": 1, "forecast": {"top1": None, "warnings": [{"cause": "no learning", "text": "top-1 of guessing"}]}}
+    (supervised.folder / "log.jsonl").write_text(json.dumps(row) + "\n")
+    supervised(STATUS + "time.sleep(0.8); status('finished')", notify=TOPIC)
+    told = [(p["Subject"], p["Message"]) for o, p in supervised.calls if o == "publish"]
+    assert told[0] == ("rn50 demo: no learning", "top-1 of guessing")
+    assert [subject for subject, _ in told[1:]] == ["rn50 demo: finished"]
+
+
 # --- Measured before the first epoch: launch --tune ------------------------------------------------------------------
 
 # In the place of tools/preflight.py: {go} and {status} are its verdict.
