@@ -123,6 +123,13 @@ def share(text):
     return value
 
 
+def patience(text):
+    value = positive(text)
+    if value < 1:  # setting up takes up to half an hour, in which nothing is renewed
+        raise ValueError
+    return value
+
+
 def count(text):
     value = int(text)
     if value < 0:
@@ -171,13 +178,13 @@ def arguments(argv):
     market = made["resume"].add_mutually_exclusive_group()
     market.add_argument("--on-demand", action="store_const", const=True, help="not spot this time")
     market.add_argument("--spot", action="store_const", const=False, dest="on_demand")
-    for name, patience, replacements in (("launch", 6.0, 20), ("resume", None, None)):
+    for name, hours, replacements in (("launch", 6.0, 20), ("resume", None, None)):
         sub = made[name]
         sub.add_argument(
             "--fallback", choices=("on-demand",), help="where no spot instance has been for PATIENCE hours"
         )
-        sub.add_argument("--patience-hours", type=positive, default=patience, metavar="PATIENCE",
-                         help="spot: without an instance that is well, until the group ends (6)")  # fmt: skip
+        sub.add_argument("--patience-hours", type=patience, default=hours, metavar="PATIENCE",
+                         help="spot: without a well instance, until the group ends (6; at least 1)")  # fmt: skip
         sub.add_argument("--replacements", type=count, default=replacements, help="spot: at most so many (20)")
     made["status"].add_argument("--watch", nargs="?", type=positive, const=20.0, metavar="SECONDS",
                                 help="a screen that is renewed")  # fmt: skip

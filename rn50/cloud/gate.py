@@ -4,7 +4,8 @@
 
 It runs with the system's Python and the aws command alone, from the tree that the user data has just fetched. An
 instance that is let in has noted itself in the bucket, so that its dollars count from its start on, and its group
-replaces it from now on. The user data ends the group for one that is not.
+replaces it from now on. The user data ends the group for one that is not. It keeps its path: the user data of a later
+version may call it in the tree of an earlier one.
 """
 
 import json

@@ -95,6 +95,11 @@ def resume(aws, args):
     store, record = known_run(aws, args)
     if args.run == cloud.CONVERSION:
         raise UsageError(f"a conversion goes on with: {command(aws, 'convert')}")
+    if "groups" not in record:  # its tree has no gate.py, which the user data calls
+        raise RunError(
+            f"{args.run} was launched by an earlier version of tools/ec2.py: go on with it in a checkout of its own "
+            f"commit, {record['commit'][:12]}"
+        )
     refuse_second(aws, args.run)
     found = store.read("status.json") or {}
     if found.get("status") == "finished":
@@ -221,7 +226,8 @@ def plan_lines(record, prices, source, spent, image, projected):
             f"what AWS takes away it replaces, at most {record['replacements']} times; after {after}, {then}. "
             "The group cannot go on longer, even if everything of ours fails"
         )
-    yield "made where missing, tagged project=rn50: a security group without open ports, a role and its profile"
+    more = ", and the group with its launch template" if record["spot"] else ""
+    yield f"made where missing, tagged project=rn50: a security group without open ports, a role and its profile{more}"
 
 
 def git(*arguments, **options):

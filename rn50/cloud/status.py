@@ -178,6 +178,13 @@ def waiting_lines(aws, store, record, last, groups, now):
     )
 
 
+def progress_line(phase, done, total, unit, detail=None, **rest):
+    """How far a conversion is, by its progress.json."""
+    share = f"{done / total:.0%} of " if total else ""
+    amount = f"{total / 1e9:.1f} GB" if unit == "bytes" else f"{total:,} {unit}"
+    return f"{phase}{f' {detail}' if detail else ''}: {share}{amount}"
+
+
 def status_lines(view):
     """The view as plain lines."""
     yield f"{view['run']}: {view['title']}"
@@ -188,8 +195,7 @@ def status_lines(view):
         yield f"instances so far: {len(view['instances'])}"
     rows = view["rows"]
     if view["progress"]:
-        done = "{phase}: {done} of {total} {unit}".format(**view["progress"])
-        yield done
+        yield progress_line(**view["progress"])
     elif rows:
         row = rows[-1]
         best = next((r for r in reversed(rows) if "top1" in r), None)

@@ -43,6 +43,7 @@ def main():
     import boto3
 
     instance = Instance(*connect(), boto3.client)
+    instance.renew(at_once=True)
     if args.action == "stage":
         instance.hold()
         if not instance.converts:
@@ -116,9 +117,9 @@ class Instance:
         cloud.stage(self.store.client, self.store.bucket, betons, rung=rung, say=say)
         self.beat("staged")
 
-    def renew(self):
+    def renew(self, at_once=False):
         """Tell AWS that this instance is well, now and then."""
-        if self.group and time.monotonic() - self._renewed > RENEW_SECONDS:
+        if self.group and (at_once or time.monotonic() - self._renewed > RENEW_SECONDS):
             self._renewed = time.monotonic()
             switches = group.renewal(self.groups, self.group, self.record["patience_hours"], time.time())
             group.throw(self._scaling, switches, refused=self._refused)

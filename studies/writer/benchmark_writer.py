@@ -1,10 +1,11 @@
-"""Converting images to two sizes: write_dataset.py in one pass, against FFCV's own DatasetWriter in two.
+"""Converting images to several sizes: write_dataset.py in one pass, against FFCV's own DatasetWriter in one for each.
 
     python studies/writer/benchmark_writer.py --images DIR --copies 10 --workers 2 --repeats 3 --json OUT
 
-Both store JPEGs of quality 90 with the longer side at most 400 and 500 px, with the same number of processes, from the
-same ImageFolder tree, interleaved; prints medians of images per second. DatasetWriter is set up as FFCV's ImageNet
-example does (write_mode jpg, PIL opens the images), plus the chunk size that makes it use all workers.
+Both store JPEGs of quality 90 with the longer side at most 400 and 500 px (--resolutions has others), with the same
+number of processes, from the same ImageFolder tree, interleaved; prints medians of images per second. DatasetWriter is
+set up as FFCV's ImageNet example does (write_mode jpg, PIL opens the images), plus the chunk size that makes it use all
+workers.
 """
 
 import argparse
@@ -23,7 +24,6 @@ from rn50.data import writer
 from rn50.data.listing import EXTENSIONS
 from rn50.errors import RunError
 
-RESOLUTIONS = (400, 500)
 ROOT = Path(__file__).resolve().parents[2]
 
 # At its end without the interpreter's: numba's threads, after the writer's fork, may hang it (always, on one core).
@@ -52,7 +52,7 @@ def main():
                 shutil.rmtree(folder / "out", ignore_errors=True)
                 (folder / "out").mkdir()
                 started = time.perf_counter()
-                convert(folder, args.workers)
+                convert(folder, args)
                 speeds[name].append(count / (time.perf_counter() - started))
         report(args, count, speeds)
 
@@ -75,20 +75,20 @@ def same_disk(path, folder):
     return path.stat().st_dev == folder.stat().st_dev
 
 
-def ours(folder, workers):
+def ours(folder, args):
     execute(
         ROOT / "write_dataset.py",
         f"--source.dir={folder / 'tree'}",
         "--source.splits=train",
         f"--out.dir={folder / 'out'}",
-        f"--out.resolutions={','.join(map(str, RESOLUTIONS))}",
-        f"--out.workers={workers}",
+        f"--out.resolutions={','.join(map(str, args.resolutions))}",
+        f"--out.workers={args.workers}",
     )
 
 
-def stock(folder, workers):
-    for side in RESOLUTIONS:
-        execute("-c", STOCK, folder / "tree" / "train", folder / "out" / f"{side}.beton", side, workers)
+def stock(folder, args):
+    for side in args.resolutions:
+        execute("-c", STOCK, folder / "tree" / "train", folder / "out" / f"{side}.beton", side, args.workers)
 
 
 def execute(*command):
@@ -99,7 +99,7 @@ def execute(*command):
 
 def report(args, count, speeds):
     medians = {name: statistics.median(values) for name, values in speeds.items()}
-    print(f"{count} images to {' and '.join(map(str, RESOLUTIONS))} px, {args.workers} workers, start-up included")
+    print(f"{count} images to {' and '.join(map(str, args.resolutions))} px, {args.workers} workers, start-up included")
     for name, values in speeds.items():
         print(f"{name:<14}{medians[name]:>7.1f} images/s ({min(values):.1f} to {max(values):.1f})")
     print(f"write_dataset.py is {medians['write_dataset'] / medians['ffcv']:.2f}x as fast")
@@ -108,7 +108,7 @@ def report(args, count, speeds):
             {"name": name, "images_per_second": medians[name], "min": min(values), "max": max(values)}
             for name, values in speeds.items()
         ]
-        content = {"resolutions": RESOLUTIONS, "workers": args.workers, "images": count, "results": results}
+        content = {"resolutions": args.resolutions, "workers": args.workers, "images": count, "results": results}
         with writer.disk_errors(args.json):
             Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
 
@@ -118,6 +118,7 @@ def arguments():
     parser.add_argument("--images", required=True, help="folder of images, searched in depth")
     parser.add_argument("--copies", type=int, default=1, help="so many times the images")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--resolutions", type=int, nargs="+", default=[400, 500], help="longest sides, px")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--folder", help="where the files of the benchmark go (default: the system's temporary folder)")

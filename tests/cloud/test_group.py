@@ -289,3 +289,21 @@ def test_what_is_no_address_is_one_line(cloud_account, address):
 def test_fallback_is_for_spot_alone(cloud_account):
     with pytest.raises(UsageError, match="--fallback on-demand is for --spot"):
         launch(cloud_account, "--fallback", "on-demand")
+
+
+def test_a_run_of_an_earlier_version_is_gone_on_with_in_its_own(cloud_account):
+    """Its tree lacks what today's user data calls."""
+    instance = launch(cloud_account)
+    cloud_account.ec2.terminate_instances(InstanceIds=[instance["InstanceId"]])
+    record = record_of(cloud_account)
+    put(cloud_account, "rn50/runs/demo/launch.json", {key: record[key] for key in record if key != "groups"})
+    with pytest.raises(RunError, match=f"in a checkout of its own commit, {record['commit'][:12]}"):
+        ec2.main(RESUME)
+
+
+@pytest.mark.parametrize("flags", [["--patience-hours", "0.5"], ["--min-speed", "1.5"], ["--replacements", "-1"]])
+def test_what_makes_no_sense_is_refused_by_the_command_line(cloud_account, flags):
+    with pytest.raises(SystemExit) as caught:
+        launch(cloud_account, *flags, plan=SPOT)
+    assert caught.value.code == 2
+    assert alive(cloud_account) == []
