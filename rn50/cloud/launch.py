@@ -200,7 +200,7 @@ def begin(aws, store, record, image, zones, prices, spent):
 def plan_lines(record, prices, source, spent, image, projected):
     market = "spot" if record["spot"] else "on demand"
     hours = record["budget"] / record["dollars_per_hour"]
-    yield f"{record['run']}: {record['config']} at {record['commit'][:12]} {' '.join(record['settings'])}".rstrip()
+    yield f"run {record['run']}: {record['config']} {' '.join(record['settings'])} at commit {record['commit'][:12]}"
     every = [*prices.values(), *record["types"].values()]
     low, high = min(every), max(every)
     price = f"${high:.3f}/h" if low == high else f"${low:.3f} to ${high:.3f}/h"
