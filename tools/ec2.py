@@ -70,9 +70,10 @@ class Published:
         return {px: round(rate, 1) for px, rate in rates.items()}
 
     def converters(self, origin, gigabytes):
-        """[(instance type, dollars, vCPUs)] of those that can convert, the cheapest first."""
+        """[(instance type, dollars for a million images, vCPUs)] of those that can convert, the cheapest first."""
+        millions = (self._table.value("images_train") + self._table.value("images_val")) / 1e6
         offers = converting.offers(self._table, origin, gigabytes)
-        return [(row["name"], dollars, int(row["vcpus"])) for dollars, _, row in offers]
+        return [(row["name"], dollars / millions, int(row["vcpus"])) for dollars, _, row in offers]
 
     def conversion_hours(self, instance, origin, gigabytes):
         """(expected, lowest, highest) hours of a conversion."""

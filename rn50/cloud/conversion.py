@@ -35,7 +35,12 @@ def convert(aws, args):
     secret = origins.secret(origin, getpass.getpass)
     files = origins.listing(origin, secret, aws.client("s3"))
     gigabytes = sum(file.bytes for file in files) / 1e9
-    args.instance = args.instance or choose(aws, args, origin.kind, gigabytes)
+    offers = aws.published.converters(origin.kind, gigabytes)
+    if not offers:
+        raise RunError(
+            f"{gigabytes:.0f} GB are more than the largest disk here takes with the betons: is that ImageNet?"
+        )
+    args.instance = args.instance or choose(aws, offers)
     record = {
         "kind": "conversion",
         "run": cloud.CONVERSION,
@@ -61,7 +66,7 @@ def convert(aws, args):
     spent = cloud.dollars(store.instances())
     hours, low, high = aws.published.conversion_hours(args.instance, origin.kind, gigabytes)
     record["budget"] = args.budget or round(spent + 2 * high * record["dollars_per_hour"] + 1)
-    print("\n".join(plan_lines(record, files, gigabytes, (hours, low, high), source, spent)))
+    print("\n".join(plan_lines(record, files, gigabytes, (hours, low, high), offers, source, spent)))
     if spent >= record["budget"]:
         raise RunError(f"${spent:.2f} of ${record['budget']:.2f} are spent: give a higher --budget")
     launch.ask(args, "convert")
@@ -74,10 +79,9 @@ def convert(aws, args):
     launch.begin(aws, store, record, image, zones, prices, spent)
 
 
-def choose(aws, args, kind, gigabytes):
-    """The type that converts for the fewest dollars, of those the disk and the account's quota allow."""
-    quota = quota_of(aws, "c6id.4xlarge", spot=False)
-    offers = aws.published.converters(kind, gigabytes)
+def choose(aws, offers):
+    """The type that converts an image for the fewest dollars, of those that the account's quota allows."""
+    quota = quota_of(aws, offers[0][0], spot=False)
     allowed = [name for name, _, vcpus in offers if quota is None or vcpus <= quota]
     if not allowed:
         raise RunError(
@@ -88,7 +92,7 @@ def choose(aws, args, kind, gigabytes):
     return allowed[0]
 
 
-def plan_lines(record, files, gigabytes, hours, source, spent):
+def plan_lines(record, files, gigabytes, hours, offers, source, spent):
     names = ", ".join(os.path.basename(file.name) for file in files[:3])
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
     price = record["dollars_per_hour"]
@@ -96,6 +100,8 @@ def plan_lines(record, files, gigabytes, hours, source, spent):
     yield f"{' '.join(record['from'])}: {len(files)} files, {gigabytes:.1f} GB ({names}{more}), all there"
     yield f"{record['config']} at {record['commit'][:12]} {' '.join(record['settings'])}".rstrip()
     yield f"on one {record['instance']}, on demand, {record['region']}: ${price:.3f}/h ({source})"
+    listed = ", ".join(f"{name} ${dollars:.2f}" for name, dollars, _ in offers)
+    yield f"a million images, by the table's prices, on what has the disk for it: {listed}"
     yield (
         f"projected: {middle:.1f} h ({low:.1f} to {high:.1f}, by the origin's speed), ${middle * price:.2f} "
         f"(${low * price:.2f} to ${high * price:.2f}); while it lasts the bucket keeps a copy of what was fetched, "

@@ -47,8 +47,8 @@ export AWS_METADATA_SERVICE_NUM_ATTEMPTS=5 AWS_METADATA_SERVICE_TIMEOUT=5
 variables='RN50_(BUCKET|RUN|COMMIT|CODE_SHA256|INSTANCE|TYPE|MARKET|MINUTES)|AWS_(DEFAULT_REGION|METADATA_SERVICE_[A-Z_]+)'
 env | grep -E "^($variables)=" >"$prefix/etc/rn50.env"
 archive=$prefix/opt/rn50.tar.gz
-# not every image has it
-command -v aws >/dev/null || snap install aws-cli --classic
+# not every image has it, and snap itself is set up at the first start, too
+command -v aws >/dev/null || { snap wait system seed.loaded && snap install aws-cli --classic; }
 PATH=$PATH:/snap/bin
 # a role that was made just now is not known everywhere at once
 for _ in {1..12}; do

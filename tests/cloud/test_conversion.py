@@ -53,6 +53,7 @@ def test_one_command_fetches_converts_verifies_and_uploads(cloud_account, moto, 
         said = capsys.readouterr().out
         assert re.search(r"hf:ILSVRC/imagenet-1k: \d files, 0\.0 GB \(.*\), all there", said)
         assert re.search(r"on one c6id.4xlarge, on demand, us-east-1: \$0\.806/h", said)
+        assert re.search(r"a million images, .*: c6id\.\dxlarge \$0\.\d\d, c6id\.\dxlarge \$\d\.\d\d, ", said)
         assert re.search(r"projected: \d\.\d h \(.*\), \$\d\.\d\d", said)
         instance = only_instance(cloud_account)
         assert instance["InstanceType"] == "c6id.4xlarge"

@@ -90,7 +90,9 @@ def test_an_image_without_the_aws_command_gets_it(cloud_account, moto, tmp_path)
         machine = Machine(tmp_path / "one", user_data(cloud_account, instance), moto, metadata, instance["InstanceId"])
         shims = machine.folder / "shims"
         (shims / "aws").rename(shims / "held")
-        (shims / "snap").write_text('#!/bin/bash\necho "snap $*" >>"$RN50_PREFIX/did"\nmv "${0%/*}"/{held,aws}\n')
+        (shims / "snap").write_text(
+            '#!/bin/bash\necho "snap $*" >>"$RN50_PREFIX/did"\n[[ $1 != install ]] || mv "${0%/*}"/{held,aws}\n'
+        )
         (shims / "snap").chmod(0o755)
         machine.environment["PATH"] = f"{shims}:/usr/bin:/bin"  # this machine's own may have one
         for entry in cloud_account.s3.list_objects_v2(Bucket=BUCKET, Prefix="rn50/code/")["Contents"]:
