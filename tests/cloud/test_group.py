@@ -11,7 +11,7 @@ import pytest
 
 from rn50.cloud import account as accounts
 from rn50.cloud import aws as aws_module
-from rn50.cloud import group, prices
+from rn50.cloud import cleanup, group, prices
 from rn50.cloud import launch as launching
 from rn50.errors import RunError, UsageError
 from tests.cloud.helpers import (
@@ -226,10 +226,18 @@ def test_resume_makes_another_group_and_leaves_none_behind(cloud_account):
     assert len(alive(cloud_account)) == 1
 
 
-def test_stop_keeps_the_group_from_replacing_and_removes_it(cloud_account, capsys):
+def test_stop_keeps_the_group_from_replacing_and_removes_it(cloud_account, monkeypatch, capsys):
     instance = launch(cloud_account, "--fallback", "on-demand", plan=SPOT)
     report(cloud_account, instance, state="stopped", reason="stop was asked for")
+    real, seen = cleanup.wait_for_checkpoint, []
+
+    def wait(*arguments):
+        seen.extend(group.may_launch(each) for each in groups_of(cloud_account))
+        real(*arguments)
+
+    monkeypatch.setattr(cleanup, "wait_for_checkpoint", wait)
     ec2.main(["stop", "--bucket", BUCKET, "--run", "demo"])
+    assert seen == [False, False]  # already while the checkpoint is waited for
     assert "has stopped: stop was asked for" in capsys.readouterr().out
     assert alive(cloud_account) == []
     assert groups_of(cloud_account) == []

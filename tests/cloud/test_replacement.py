@@ -233,7 +233,11 @@ def test_an_instance_that_is_let_in_arms_its_group_and_moves_its_end_on(cloud_ac
         (machine.folder / "stopping").touch()  # set-up fails, and ends nothing
 
     cloud_account.s3.delete_object(Bucket=BUCKET, Key="rn50/betons/train_64.json")
-    _, group = replacement(change)
+    launched = json.loads(cloud_account.s3.get_object(Bucket=BUCKET, Key="rn50/runs/demo/launch.json")["Body"].read())
+    put(cloud_account, "rn50/runs/demo/launch.json", launched | {"types": {"g5.2xlarge": 0.5, "g5.4xlarge": 0.9}})
+    machine, group = replacement(change)
+    # $25 at the price of its own type
+    assert [line for line in machine.log("did").splitlines() if line.startswith("shutdown")][1] == "shutdown -h +3000"
     assert suspended(group) == {"AZRebalance"}
     assert abs(at_end(cloud_account) - time.time() - 6 * 3600) < 60
 
@@ -367,6 +371,7 @@ def test_the_second_of_two_waits_and_leaves_or_takes_over_where_the_first_is_sil
         ("terminate_instance_in_auto_scaling_group", {"InstanceId": "i-2", "ShouldDecrementDesiredCapacity": True})
     ]
     assert first.store.read("ended") is None
+    time.sleep(4)
     second.hold()  # i-1 is silent now
     assert first.store.read("holder") == {"instance_id": "i-2"}
     assert supervise.stop_reason(first, 0) == "another instance, i-2, has this run"

@@ -33,11 +33,13 @@ def test_status_shows_progress_dollars_and_the_last_lines(cloud_account, capsys)
     own = {"top1": 78.25, "evaluation": "224 px", "warnings": [warning]}
     rows[-1] |= {"forecast": own, "dollars_to_finish": 3.5}
     put(cloud_account, "rn50/runs/demo/log.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    report(cloud_account, instance, ago=900)
+    slow = {"images_per_second": 310.0, "share": 0.38, "minutes": 31}
+    report(cloud_account, instance, ago=900, pace=slow)
     ec2.main(["status", "--bucket", BUCKET])
     out = capsys.readouterr().out
     assert "it runs but does not report" in out
     assert "warning: no learning: top-1 of guessing" in out
+    assert "warning: 310 images/s over 31 minutes, 38% of what is expected of this machine: a stolen or thr" in out
     assert "forecast: top-1 78.2 % at 224 px, $4.50 in all" in out
     cloud_account.ec2.terminate_instances(InstanceIds=[instance["InstanceId"]])
     ec2.main(["status", "--bucket", BUCKET])
@@ -156,3 +158,15 @@ def test_clean_lists_first_and_removes_everything_that_is_tagged(cloud_account, 
     assert cloud_account.s3.list_objects_v2(Bucket=BUCKET)["KeyCount"] == 0
     ec2.main(["clean", "--bucket", BUCKET, "--yes", "--data"])
     assert "there is nothing to remove" in capsys.readouterr().out
+
+
+def test_watching_ends_with_the_run(cloud_account, capsys):
+    instance = launch(cloud_account)
+    report(cloud_account, instance, state="finished", reason="all epochs are done")
+    cloud_account.ec2.terminate_instances(InstanceIds=[instance["InstanceId"]])
+    put(cloud_account, "rn50/runs/demo/ended", {"state": "finished", "reason": "all epochs are done", "time": 1.0})
+    ec2.main(["status", "--bucket", BUCKET, "--watch", "0.1"])  # else it would go on for ever
+    out = capsys.readouterr().out
+    assert "demo: rn50_configs/demo.yaml at " in out
+    assert "finished (all epochs are done), seen" in out
+    assert "$1.00 of $25.00" in out

@@ -257,6 +257,12 @@ def test_only_the_end_of_the_run_ends_its_groups(supervised, script, ends):
             assert parameters["ScalingProcesses"] == ["Launch"]
 
 
+@pytest.mark.parametrize("script", [STATUS + "status('finished')", "import sys; print('error: no'); sys.exit(2)"])
+def test_a_conversions_token_goes_however_it_ends(supervised, script):
+    supervised(script, secret="/rn50/rn50-x/conversion")
+    assert supervised.calls == [("delete_parameter", {"Name": "/rn50/rn50-x/conversion"})]
+
+
 def test_a_group_that_cannot_be_ended_does_not_keep_the_instance_on(supervised, capsys):
     supervised.refused = {"suspend_processes", "update_auto_scaling_group", "publish"}
     record, code, off = supervised(STATUS + "status('finished')", **GROUPS, notify=TOPIC)
