@@ -75,6 +75,10 @@ class Published:
         offers = converting.offers(self._table, origin, gigabytes)
         return [(row["name"], dollars / millions, int(row["vcpus"])) for dollars, _, row in offers]
 
+    def kept_for_a_day(self, gigabytes):
+        """Dollars of so much in S3."""
+        return gigabytes * self._table.value("s3_dollars_gb_month") / 30
+
     def conversion_hours(self, instance, origin, gigabytes):
         """(expected, lowest, highest) hours of a conversion."""
         if instance not in self._table.cpu:

@@ -67,6 +67,7 @@ def convert(aws, args):
     hours, low, high = aws.published.conversion_hours(args.instance, origin.kind, gigabytes)
     record["budget"] = args.budget or round(spent + 2 * high * record["dollars_per_hour"] + 1)
     print("\n".join(plan_lines(record, files, gigabytes, (hours, low, high), offers, source, spent)))
+    print(f"while it lasts the bucket keeps what was fetched, ${aws.published.kept_for_a_day(gigabytes):.2f} a day")
     if spent >= record["budget"]:
         raise RunError(f"${spent:.2f} of ${record['budget']:.2f} are spent: give a higher --budget")
     launch.ask(args, "convert")
@@ -104,8 +105,7 @@ def plan_lines(record, files, gigabytes, hours, offers, source, spent):
     yield f"a million images, by the table's prices, on what has the disk for it: {listed}"
     yield (
         f"projected: {middle:.1f} h ({low:.1f} to {high:.1f}, by the origin's speed), ${middle * price:.2f} "
-        f"(${low * price:.2f} to ${high * price:.2f}); while it lasts the bucket keeps a copy of what was fetched, "
-        f"${gigabytes * 0.023 / 30:.2f} a day"
+        f"(${low * price:.2f} to ${high * price:.2f})"
     )
     yield (
         f"it ends at ${record['budget']:.2f}" + (f", of which ${spent:.2f} are spent" if spent else "")
