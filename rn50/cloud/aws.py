@@ -23,9 +23,9 @@ class Aws:
 
     published: what is known of instance types without asking AWS, which tools/ec2.py has from the cost table: functions
     vcpus(instance), disk_gb(instance), price(instance, spot) -> (dollars an hour, its date), each None where it is not
-    in the table; projection(record, config) -> (text, dollars or None) and expected(record, config) -> {px: images/s} or
-    None of a run; converters(origin, gigabytes), conversion_hours(instance, origin, gigabytes) and
-    kept_for_a_day(gigabytes) of a conversion.
+    in the table; projection(record, config) -> (text, dollars or None) and expected(record, config) -> {px: images/s}
+    or None, of a run; converters(origin, gigabytes), conversion_hours(instance, origin, gigabytes) and
+    kept_for_a_day(gigabytes), of a conversion.
     """
 
     def __init__(self, args, published):
