@@ -97,8 +97,8 @@ def _at(now, hours):
 def create(*, client, groups, template, subnets, types, most, instance, marks, patience_hours, now):
     """Make the groups, one with a spot instance; the switches are thrown before anything may be launched.
 
-    template: the launch template's name; subnets: ids; types: names, for spot; most: dollars an hour for any of them,
-    or None; instance: the type on demand; marks: tags, for the group and what it launches.
+    template: the launch template's name; subnets: ids; types: names, for spot; most: dollars an hour for any of them;
+    instance: the type on demand; marks: tags, for the group and what it launches.
     """
     for name in groups:
         spot = name == groups[0]
@@ -107,7 +107,7 @@ def create(*, client, groups, template, subnets, types, most, instance, marks, p
         if spot:
             # of the pools that are least likely to be taken away, the cheapest: AWS's own advice, and a student's
             distribution["SpotAllocationStrategy"] = "price-capacity-optimized"
-            distribution |= {"SpotMaxPrice": f"{most:.4f}"} if most else {}
+            distribution["SpotMaxPrice"] = f"{most:.4f}"
         client.create_auto_scaling_group(
             AutoScalingGroupName=name,
             **NOTHING | {"MaxSize": 1},

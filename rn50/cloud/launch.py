@@ -40,6 +40,9 @@ ROOT_GIB, ROOM_GIB = 100, 40
 SETUP_MINUTES = 120
 # How long a launch waits for its group's first instance.
 GROUP_SECONDS = 180
+# A spot price may rise to so many times what the budget counts with: below the range that was seen, 0.36 to 0.59, a run
+# would wait for a price that does not come back; without a limit a budget would mean nothing.
+PRICE_ROOM = 2.0
 
 
 def launch(aws, args):
@@ -224,7 +227,8 @@ def plan_lines(record, prices, source, spent, image, projected):
         )
         yield (
             f"what AWS takes away it replaces, at most {record['replacements']} times; after {after}, {then}. "
-            "The group cannot go on longer, even if everything of ours fails"
+            f"The group cannot go on longer, even if everything of ours fails, nor pay more than {PRICE_ROOM:g} times "
+            "these prices"
         )
     more = ", and the group with its launch template" if record["spot"] else ""
     yield f"made where missing, tagged project=rn50: a security group without open ports, a role and its profile{more}"
@@ -300,7 +304,7 @@ def run_group(aws, record, common, zones, prices):
         template=name,
         subnets=[zone["SubnetId"] for zone in zones.values()],
         types=list(record["types"]),
-        most=record["dollars_on_demand"],
+        most=min(record["dollars_on_demand"] or float("inf"), PRICE_ROOM * record["dollars_per_hour"]),
         instance=record["instance"],
         marks=marks_of(record),
         patience_hours=record["patience_hours"],

@@ -73,6 +73,9 @@ def without_room(monkeypatch, *messages):
 
 def test_the_group_is_unable_to_loop_before_it_may_launch_anything(cloud_account, monkeypatch):
     order = []
+    prices = {"g5.2xlarge": "0.45", "g5.4xlarge": "0.4"}
+    history = [{"InstanceType": n, "AvailabilityZone": "us-east-1b", "SpotPrice": p} for n, p in prices.items()]
+    replaced(monkeypatch, "ec2", describe_spot_price_history=lambda own, **which: {"SpotPriceHistory": history})
     real = aws_module.Aws.client
 
     def client(self, name, region=None):
@@ -99,11 +102,11 @@ def test_the_group_is_unable_to_loop_before_it_may_launch_anything(cloud_account
     assert launches["LaunchTemplateSpecification"]["LaunchTemplateName"] == created["AutoScalingGroupName"]
     types = [each["InstanceType"] for each in launches["Overrides"]]
     assert types == list(record_of(cloud_account)["types"])
-    assert {"g5.2xlarge", "g5.4xlarge"} <= set(types)
+    assert types == ["g5.2xlarge", "g5.4xlarge"]
     distribution = created["MixedInstancesPolicy"]["InstancesDistribution"]
     assert distribution == {
         "OnDemandBaseCapacity": 0, "OnDemandPercentageAboveBaseCapacity": 0,
-        "SpotAllocationStrategy": "price-capacity-optimized", "SpotMaxPrice": "1.2120",
+        "SpotAllocationStrategy": "price-capacity-optimized", "SpotMaxPrice": "0.9000",
     }  # fmt: skip
     zones = cloud_account.ec2.describe_subnets(Filters=[{"Name": "default-for-az", "Values": ["true"]}])["Subnets"]
     assert set(created["VPCZoneIdentifier"].split(",")) == {zone["SubnetId"] for zone in zones}
