@@ -7,10 +7,10 @@ from functools import partial
 from rn50.cloud import group
 from rn50.cloud import store as cloud
 from rn50.cloud.account import check_bucket, converter_name, role_name, secret_name
-from rn50.cloud.aws import ALIVE, command, instances_of, not_known_yet, once_ready, pause
+from rn50.cloud.aws import ALIVE, instances_of, not_known_yet, once_ready, pause
 from rn50.cloud.fetch import SOURCE, delete_objects
 from rn50.cloud.snapshot import PARTIAL
-from rn50.cloud.status import known_run
+from rn50.cloud.status import go_on, known_run, run_names
 from rn50.errors import RunError
 
 STOP_PATIENCE = 240  # seconds
@@ -25,9 +25,7 @@ def stop(aws, args):
         print(f"{args.run} has no instance")
         return
     # from here on nothing is replaced, whatever becomes of the rest
-    for each in groups:
-        suspended = {"AutoScalingGroupName": each["AutoScalingGroupName"], "ScalingProcesses": ["Launch"]}
-        aws.client("autoscaling").suspend_processes(**suspended)
+    group.throw(aws.client("autoscaling"), group.no_more([each["AutoScalingGroupName"] for each in groups]))
     store.write("stop", {"asked": time.time()})
     if alive:
         wait_for_checkpoint(aws, args, store, alive[0]["InstanceId"])
@@ -37,8 +35,7 @@ def stop(aws, args):
         end_instances(aws, alive)
     if record.get("secret"):
         forget_secret(aws)
-    again = command(aws, "convert") if record.get("kind") else command(aws, "resume", args.run)
-    print(f"terminated. Go on with: {again}")
+    print(f"terminated. Go on with: {go_on(aws, record)}")
 
 
 def wait_for_checkpoint(aws, args, store, name):
@@ -146,10 +143,7 @@ def secret_and_topic(aws):
     sns, store = aws.client("sns"), aws.store(cloud.CONVERSION)
     if (store.read("launch.json") or {}).get("secret") and store.read("ended") is None:
         yield f"SSM parameter {secret_name(aws.bucket)}", partial(forget_secret, aws)
-    runs = {
-        key.split("/")[0] for key in cloud.objects(aws.client("s3"), aws.bucket, f"{cloud.RUNS}/", f"{cloud.RUNS}/")
-    }
-    topics = {(aws.store(run).read("launch.json") or {}).get("notify") for run in runs} - {None}
+    topics = {(aws.store(run).read("launch.json") or {}).get("notify") for run in run_names(aws)} - {None}
     for topic in sorted(topics):
         yield f"topic {topic}", partial(sns.delete_topic, TopicArn=topic)
 

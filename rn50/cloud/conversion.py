@@ -66,8 +66,8 @@ def convert(aws, args):
     spent = cloud.dollars(store.instances())
     hours, low, high = aws.published.conversion_hours(args.instance, origin.kind, gigabytes)
     record["budget"] = args.budget or round(spent + 2 * high * record["dollars_per_hour"] + 1)
-    print("\n".join(plan_lines(record, files, gigabytes, (hours, low, high), offers, source, spent)))
-    print(f"while it lasts the bucket keeps what was fetched, ${aws.published.kept_for_a_day(gigabytes):.2f} a day")
+    a_day = aws.published.kept_for_a_day(gigabytes)
+    print("\n".join(plan_lines(record, files, (hours, low, high), a_day, offers, source, spent)))
     if spent >= record["budget"]:
         raise RunError(f"${spent:.2f} of ${record['budget']:.2f} are spent: give a higher --budget")
     launch.ask(args, "convert")
@@ -93,10 +93,11 @@ def choose(aws, offers):
     return allowed[0]
 
 
-def plan_lines(record, files, gigabytes, hours, offers, source, spent):
+def plan_lines(record, files, hours, a_day, offers, source, spent):
+    """hours: expected, lowest, highest; a_day: dollars for what the bucket keeps; spent: dollars so far."""
     names = ", ".join(os.path.basename(file.name) for file in files[:3])
     more = f" and {len(files) - 3} more" if len(files) > 3 else ""
-    price = record["dollars_per_hour"]
+    price, gigabytes = record["dollars_per_hour"], sum(file.bytes for file in files) / 1e9
     middle, low, high = hours
     yield f"{' '.join(record['from'])}: {len(files)} files, {gigabytes:.1f} GB ({names}{more}), all there"
     yield f"{record['config']} at {record['commit'][:12]} {' '.join(record['settings'])}".rstrip()
@@ -105,7 +106,8 @@ def plan_lines(record, files, gigabytes, hours, offers, source, spent):
     yield f"a million images, by the table's prices, on what has the disk for it: {listed}"
     yield (
         f"projected: {middle:.1f} h ({low:.1f} to {high:.1f}, by the origin's speed), ${middle * price:.2f} "
-        f"(${low * price:.2f} to ${high * price:.2f})"
+        f"(${low * price:.2f} to ${high * price:.2f}); while it lasts the bucket keeps what "
+        f"was fetched, ${a_day:.2f} a day"
     )
     yield (
         f"it ends at ${record['budget']:.2f}" + (f", of which ${spent:.2f} are spent" if spent else "")

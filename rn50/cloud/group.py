@@ -57,15 +57,17 @@ def renewal(groups, group, patience_hours, now):
     return switches
 
 
+def no_more(groups):
+    """Nothing is launched for these groups any more, whatever their size; what lives stays."""
+    return [("suspend_processes", {"AutoScalingGroupName": group, "ScalingProcesses": ["Launch"]}) for group in groups]
+
+
 def ending(groups):
     """No instance of these groups any more, and none again. Living ones are terminated by AWS within minutes."""
     return [
         switch
         for group in groups
-        for switch in (
-            ("suspend_processes", {"AutoScalingGroupName": group, "ScalingProcesses": ["Launch"]}),
-            ("update_auto_scaling_group", {"AutoScalingGroupName": group, **NOTHING}),
-        )
+        for switch in (*no_more([group]), ("update_auto_scaling_group", {"AutoScalingGroupName": group, **NOTHING}))
     ]
 
 
@@ -145,13 +147,13 @@ def may_launch(group):
 
 
 def refusals(aws, group):
-    """[(when, what AWS said)] of the launches that failed since the last one that did not, newest first."""
+    """What AWS said of the launches that failed since the last one that did not, newest first."""
     told = aws.client("autoscaling").describe_scaling_activities(AutoScalingGroupName=group["AutoScalingGroupName"])
     failed = []
     for activity in told["Activities"]:
         if activity["StatusCode"] != "Failed":
             break
-        failed.append((activity["StartTime"].timestamp(), activity.get("StatusMessage", "no reason given")))
+        failed.append(activity.get("StatusMessage", "no reason given"))
     return failed
 
 

@@ -319,13 +319,13 @@ def run_group(aws, record, common, zones, prices):
             return alive[0]
         (made,) = [g for g in group.found(aws, record["run"]) if g["AutoScalingGroupName"] == name]
         failed = group.refusals(aws, made)
-        for _, message in failed:
+        for message in failed:
             if advice := advice_in(message):
                 group.remove(aws, group.found(aws, record["run"]))
                 aws.made[:] = [thing for thing in aws.made if name not in thing]
                 raise RunError(f"AWS does not launch it ({message.rstrip('. ')}): {advice}")
-        if failed and failed[0][1] != told:
-            told = failed[0][1]
+        if failed and failed[0] != told:
+            told = failed[0]
             print(f"  no instance yet: {told}")
         if time.monotonic() > give_up:
             break

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rn50.cloud import ranges
+from rn50.cloud import store as cloud
 from rn50.errors import RunError, UsageError
 
 DATASET = "ILSVRC/imagenet-1k"
@@ -341,8 +342,7 @@ def _objects(s3, bucket, prefix):
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return [entry for page in pages for entry in page.get("Contents", [])]
+        return cloud.entries(s3, bucket, prefix)
     except ClientError as error:
         code = error.response["Error"]["Code"]
         if code in ("NoSuchBucket", "AccessDenied", "403", "404"):

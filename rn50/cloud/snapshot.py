@@ -30,14 +30,15 @@ class Snapshots:
 
     def __init__(self, s3, bucket, folder, *, asked, say):
         self.s3, self.bucket, self.folder, self.say = s3, bucket, Path(folder), say
+        self._kept = cloud.Folder(s3, bucket, PARTIAL)
         self._headers, self._sent, self._lock = {}, {}, threading.Lock()
-        if self._get("asked") != asked.encode():
+        if self._kept.read_bytes("asked") != asked.encode():
             self.forget()
-            self._put("asked", asked.encode())
+            self._kept.write_bytes("asked", asked.encode())
 
     def restore(self, split):
         """Have in the folder what the bucket keeps of a split; returns whether it was used."""
-        journal = self._get(f"{split}.journal")
+        journal = self._kept.read_bytes(f"{split}.journal")
         if journal is None or (self.folder / f"{split}.journal").exists():
             return False
         names, parts = _files(journal), self._parts(split)
@@ -77,12 +78,12 @@ class Snapshots:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             if not all(pool.map(lambda part: self._send(*part), work)):
                 return False  # the writer has moved on, or started over: the next one sees that
-        self._put(f"{split}.journal", journal)
+        self._kept.write_bytes(f"{split}.journal", journal)
         return True
 
     def forget(self, split=""):
         """Remove what is kept of a split, or of all: journals first."""
-        found = cloud.objects(self.s3, self.bucket, f"{PARTIAL}/{split}", strip=f"{PARTIAL}/")
+        found = self._kept.keys(split)
         for name in [name for name in found if name.endswith(".journal")]:
             self.s3.delete_object(Bucket=self.bucket, Key=f"{PARTIAL}/{name}")
         delete_objects(self.s3, self.bucket, [f"{PARTIAL}/{name}" for name in found])
@@ -91,7 +92,7 @@ class Snapshots:
 
     def _begin(self, split, journal):
         """Know what the bucket has of this journal's files, or make it have nothing."""
-        before = self._get(f"{split}.journal")
+        before = self._kept.read_bytes(f"{split}.journal")
         if before is not None and _header(before) == _header(journal):
             self._sent |= self._parts(split)
         else:
@@ -108,12 +109,12 @@ class Snapshots:
             data = os.pread(file.fileno(), size, number * PART)
         if len(data) < size:
             return False
-        self._put(f"{name}/{number}", data)
+        self._kept.write_bytes(f"{name}/{number}", data)
         self._sent[name, number] = size
         return True
 
     def _fetch(self, name, number, partial):
-        data = self._get(f"{name}/{number}")
+        data = self._kept.read_bytes(f"{name}/{number}")
         with disk_errors(partial):
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT, 0o644)
             try:
@@ -127,18 +128,9 @@ class Snapshots:
 
     def _parts(self, split):
         """{(file, number): bytes} of a split in the bucket."""
-        found = cloud.objects(self.s3, self.bucket, f"{PARTIAL}/{split}_", strip=f"{PARTIAL}/")
+        found = self._kept.keys(f"{split}_")
         split_names = {key: key.rpartition("/") for key in found}
         return {(name, int(number)): found[key] for key, (name, _, number) in split_names.items() if number.isdigit()}
-
-    def _get(self, name):
-        try:
-            return self.s3.get_object(Bucket=self.bucket, Key=f"{PARTIAL}/{name}")["Body"].read()
-        except self.s3.exceptions.NoSuchKey:
-            return None
-
-    def _put(self, name, body):
-        self.s3.put_object(Bucket=self.bucket, Key=f"{PARTIAL}/{name}", Body=body)
 
 
 def _read_journal(path):

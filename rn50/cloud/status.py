@@ -1,6 +1,7 @@
 """A run that exists: which it is, how far it is, what it has cost and will cost, and its files."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -14,11 +15,21 @@ from rn50.errors import RunError, UsageError
 from rn50.files import parse_rows
 
 
+def run_names(aws):
+    """The bucket's runs, a conversion among them."""
+    found = cloud.objects(aws.client("s3"), aws.bucket, f"{cloud.RUNS}/", strip=f"{cloud.RUNS}/")
+    return sorted({key.split("/")[0] for key in found})
+
+
+def go_on(where, record):
+    """The command that goes on with a launch record's run. where: what has `bucket`."""
+    return command(where, "convert") if record.get("kind") else command(where, "resume", record["run"])
+
+
 def known_run(aws, args):
     """(store, launch record) of --run, or of the bucket's only run."""
     if args.run is None:
-        runs = sorted({key.split("/")[0] for key in cloud.objects(aws.client("s3"), aws.bucket, f"{cloud.RUNS}/",
-                                                                   strip=f"{cloud.RUNS}/")})  # fmt: skip
+        runs = run_names(aws)
         if len(runs) != 1:
             raise UsageError(f"say which run: --run, one of {', '.join(runs) or '(there is none)'}")
         args.run = runs[0]
@@ -55,7 +66,7 @@ def status(aws, args):
 
     def read():
         with aws_errors():
-            return view_of(aws, store, store.read("launch.json") or record, now=time.time())
+            return view_of(aws, look(aws, store, store.read("launch.json") or record, now=time.time()))
 
     if args.watch:
         watch.watch(read, args.watch)
@@ -63,27 +74,65 @@ def status(aws, args):
         print("\n".join(status_lines(read())))
 
 
-def view_of(aws, store, record, now):
-    """All that is known of a run, as `watch.screen` takes it. now: seconds since 1970."""
-    found, records = instances_of(aws, record["run"], states=ANY), store.instances()
-    groups = group.found(aws, record["run"]) if record.get("groups") else []
-    alive = {i["InstanceId"]: i for i in found if i["State"]["Name"] in ALIVE}
-    reported = {r["instance_id"] for r in records}
+@dataclass
+class Seen:
+    """What the bucket and EC2 say of a run at one time. now: seconds since 1970."""
+
+    store: cloud.Store
+    record: dict
+    now: float
+    found: list  # EC2's instances, with those that ended within an hour
+    groups: list
+    records: list  # instances, by what they have reported, oldest first; then those that have not yet
+    rows: list
+    ended: dict | None
+
+    @property
+    def alive(self):
+        """{id: instance} of EC2's."""
+        return {i["InstanceId"]: i for i in self.found if i["State"]["Name"] in ALIVE}
+
+    @property
+    def last(self):
+        return self.records[-1] if self.records else None
+
+    @property
+    def waits(self):
+        """Whether a group is looking for an instance."""
+        return not self.alive and any(group.may_launch(each) for each in self.groups)
+
+
+def look(aws, store, record, now):
+    """A run as it is seen now."""
+    seen = Seen(
+        store,
+        record,
+        now,
+        found=instances_of(aws, record["run"], states=ANY),
+        groups=group.found(aws, record["run"]) if record.get("groups") else [],
+        records=store.instances(),
+        rows=rows_of(store),
+        ended=store.read("ended"),
+    )
+    reported = {r["instance_id"] for r in seen.records}
     # what has not reported yet costs, too
-    records += [unreported(record, alive[name], now) for name in alive if name not in reported]
-    ended, rows, spent = store.read("ended"), rows_of(store), cloud.dollars(records)
-    converts = record.get("kind") == "conversion"
+    seen.records += [unreported(record, i, now) for name, i in seen.alive.items() if name not in reported]
+    return seen
+
+
+def view_of(aws, seen):
+    """A run as `watch.screen` takes it."""
+    store, record, rows = seen.store, seen.record, seen.rows
+    converts, spent = record.get("kind") == "conversion", cloud.dollars(seen.records)
     epochs = None if converts else epochs_of(store, record)
-    last = records[-1] if records else None
     progress = store.read(cloud.PROGRESS) or {}
     console = store.read_bytes(cloud.CONSOLE) or store.read_bytes(cloud.SETUP_LOG) or b""
     market = "spot" if record["spot"] else "on demand"
-    waits = not alive and any(group.may_launch(each) for each in groups)
     return {
         "run": record["run"],
         "title": f"{record['config']} at {record['commit'][:12]} on {record['instance']}, {market}",
-        "state": state_line(record, last, alive, waits, ended, now),
-        "now": now,
+        "state": state_line(seen),
+        "now": seen.now,
         "epochs": epochs,
         "epoch_share": share_of(progress, rows),
         "rows": rows,
@@ -91,11 +140,11 @@ def view_of(aws, store, record, now):
         "spent": spent,
         "budget": record["budget"],
         "forecast": forecast(record, rows, epochs, spent) if rows else None,
-        "instances": records,
-        "notes": [*notes_of(aws, store, record, found, alive, records, rows, groups, waits, ended, now)],
+        "instances": seen.records,
+        "notes": list(notes_of(aws, seen)),
         "log": console.decode(errors="replace").strip().splitlines()[-5:],
         "ended": store.read("status.json"),
-        "over": bool(ended) and not alive,
+        "over": bool(seen.ended) and not seen.alive,
     }
 
 
@@ -121,60 +170,62 @@ def share_of(progress, rows):
     return progress["epoch_step"] / progress["epoch_steps"]
 
 
-def state_line(record, last, alive, waits, ended, now):
+def state_line(seen):
     """One line on the newest instance."""
+    last, alive = seen.last, seen.alive
     if last is None:
-        return "waiting for an instance" if waits else "no instance has reported"
+        return "waiting for an instance" if seen.waits else "no instance has reported"
+    name = last["instance_id"]
+    state = alive[name]["State"]["Name"] if name in alive else "gone"
     if last.get("unreported"):
-        state = alive[last["instance_id"]]["State"]["Name"]
-        return f"instance {last['instance_id']}: {state} for {span(now - last['started'])}, has not reported yet"
-    state = alive[last["instance_id"]]["State"]["Name"] if last["instance_id"] in alive else "gone"
+        return f"instance {name}: {state} for {span(seen.now - last['started'])}, has not reported yet"
     reason = f" ({last['reason']})" if last.get("reason") else ""
-    return f"instance {last['instance_id']}: {state}; {last['state']}{reason}, seen {span(now - last['seen'])} ago"
+    return f"instance {name}: {state}; {last['state']}{reason}, seen {span(seen.now - last['seen'])} ago"
 
 
-def notes_of(aws, store, record, found, alive, records, rows, groups, waits, ended, now):
+def notes_of(aws, seen):
     """What a person should know or do, as lines."""
-    again = command(store, "convert" if record.get("kind") else "resume", None if record.get("kind") else record["run"])
-    last = records[-1] if records else None
+    record, last, alive, ended = seen.record, seen.last, seen.alive, seen.ended
+    again = go_on(seen.store, record)
     if last and last["instance_id"] in alive and not last.get("unreported"):
-        if now - last["seen"] > cloud.LOST_SECONDS:
+        if seen.now - last["seen"] > cloud.LOST_SECONDS:
             yield "warning: it runs but does not report: look with aws ssm start-session, or end it with stop"
         pace = last.get("pace")
         if pace and pace["share"] < LOW:
             yield f"warning: {slow_line(pace)}: a stolen or throttled GPU, or a slow disk? stop and resume move it"
-    yield from (f"warning: {found['cause']}: {found['text']}" for found in cloud.warnings_of(rows))
+    for warning in cloud.warnings_of(seen.rows):
+        yield f"warning: {warning['cause']}: {warning['text']}"
     name = record["instance_id"]
-    if name and name not in {r["instance_id"] for r in records} | set(alive):
-        why = next((i.get("StateReason", {}).get("Message") for i in found if i["InstanceId"] == name), None)
-        after = "" if waits or ended else f": go on with {again}"
+    if name and name not in {r["instance_id"] for r in seen.records}:
+        why = next((i.get("StateReason", {}).get("Message") for i in seen.found if i["InstanceId"] == name), None)
+        after = "" if seen.waits or ended else f": go on with {again}"
         yield f"instance {name}: gone before it reported ({why or 'EC2 does not say why'}){after}"
     if ended:
         if ended["state"] != "finished":
             yield f"the run ended: {ended['state']} ({ended['reason']}); go on with {again}"
-    elif waits:
-        yield from waiting_lines(aws, store, record, last, groups, now)
+    elif seen.waits:
+        yield from waiting_lines(aws, seen)
     elif last and not alive and last["state"] not in cloud.FINAL:
         yield f"it was taken away: go on with {again}"
     elif record.get("groups") and not alive:
         yield f"its group has ended, and no instance has it: go on with {again}"
 
 
-def waiting_lines(aws, store, record, last, groups, now):
+def waiting_lines(aws, seen):
     """Since when AWS has had no instance for the group, what it says, what happens next and what else would do."""
-    failed = [refusal for each in groups if group.may_launch(each) for refusal in group.refusals(aws, each)]
-    since = max([record["attempt_started"], *([last["seen"]] if last else [])])
-    said = f" after {len(failed)} tries: {failed[0][1]}" if failed else ""
-    yield f"no instance for {span(now - since)}{said or '; AWS is looking for one'}"
+    record, now = seen.record, seen.now
+    failed = [said for each in seen.groups if group.may_launch(each) for said in group.refusals(aws, each)]
+    since = max(record["attempt_started"], seen.last["seen"] if seen.last else 0)
+    said = f" after {len(failed)} tries: {failed[0]}" if failed else "; AWS is looking for one"
+    yield f"no instance for {span(now - since)}{said}"
     left = since + 3600 * record["patience_hours"] - now
     then = "one on demand takes over" if record["fallback"] else "the group ends"
     yield f"where none comes, {then} in {span(max(0.0, left))}"
     price = record["dollars_on_demand"]
     dear = f" (${price:.3f}/h)" if price else ""
-    again = command(store, "resume", record["run"])
     yield (
-        f"what else would do: stop it, then {again} with --on-demand{dear}, or with another --instance "
-        "(tools/plan_run.py --spot has them)"
+        f"what else would do: stop it, then {go_on(seen.store, record)} with --on-demand{dear}, or with another "
+        "--instance (tools/plan_run.py --spot has them)"
     )
 
 
@@ -259,7 +310,7 @@ def fetch(aws, args):
     folder = Path(args.out or "runs") / args.run
     folder.mkdir(parents=True, exist_ok=True)
     for name, size in store.keys().items():
-        if "/" in name or name == "stop":
+        if "/" in name or name in cloud.SIGNS:
             continue
         partial = folder / f"{name}.partial"
         aws.client("s3").download_file(aws.bucket, f"{store.prefix}/{name}", str(partial))

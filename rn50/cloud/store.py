@@ -37,6 +37,8 @@ HEARTBEAT_SECONDS, LOST_SECONDS = 60.0, 300.0
 # States in which an instance has ended, or is ending.
 FINAL = ("finished", "budget", "failed", "stopped")
 GONE = (*FINAL, "interrupted", "superseded")
+# Objects of a run that say how it stands, and are no result.
+SIGNS = ("stop", "ended", "holder", "told")
 CONVERSION = "convert"  # the run's name that a conversion has
 SPOT = "spot"  # what EC2's metadata calls the market; else on-demand
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -51,15 +53,14 @@ def check_name(kind, value):
     return value
 
 
-class Store:
-    """The bucket's part that belongs to one run. client: boto3's for S3."""
+class Folder:
+    """A part of a bucket. client: boto3's for S3; prefix: a key without a slash at its end."""
 
-    def __init__(self, client, bucket, run):
-        self.client, self.bucket, self.run = client, bucket, run
-        self.prefix = f"{RUNS}/{run}"
+    def __init__(self, client, bucket, prefix):
+        self.client, self.bucket, self.prefix = client, bucket, prefix
 
     def read(self, name):
-        """The JSON value of an object of the run, or None where there is none."""
+        """The JSON value of an object, or None where there is none."""
         data = self.read_bytes(name)
         return None if data is None else json.loads(data)
 
@@ -70,15 +71,23 @@ class Store:
             return None
 
     def write(self, name, value):
-        """Put a JSON value as an object of the run."""
+        """Put a JSON value as an object."""
         self.write_bytes(name, json.dumps(value, indent=1).encode())
 
     def write_bytes(self, name, body):
         self.client.put_object(Bucket=self.bucket, Key=f"{self.prefix}/{name}", Body=body)
 
     def keys(self, under=""):
-        """{name within the run: bytes}."""
+        """{name within the folder: bytes}."""
         return objects(self.client, self.bucket, f"{self.prefix}/{under}", strip=f"{self.prefix}/")
+
+
+class Store(Folder):
+    """The bucket's part that belongs to one run."""
+
+    def __init__(self, client, bucket, run):
+        super().__init__(client, bucket, f"{RUNS}/{run}")
+        self.run = run
 
     def instances(self):
         """Records of the run's instances, oldest first."""
@@ -119,10 +128,15 @@ class Store:
         return json.loads(reply["Body"].read())["state"] not in GONE and silent <= LOST_SECONDS
 
 
+def entries(client, bucket, prefix):
+    """All objects under `prefix`, as S3 lists them: dicts with Key, Size and ETag."""
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+    return [entry for page in pages for entry in page.get("Contents", [])]
+
+
 def objects(client, bucket, prefix, strip=""):
     """{key without `strip`: bytes} of all objects under `prefix`."""
-    pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-    return {entry["Key"].removeprefix(strip): entry["Size"] for page in pages for entry in page.get("Contents", [])}
+    return {entry["Key"].removeprefix(strip): entry["Size"] for entry in entries(client, bucket, prefix)}
 
 
 def dollars(records):

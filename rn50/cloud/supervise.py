@@ -139,10 +139,10 @@ class Instance:
             group.throw(self._scaling, [("terminate_instance_in_auto_scaling_group", ours)], refused=self._refused)
         switch_off()
 
-    def leave(self, reason, **more):
+    def leave(self, reason):
         """Switch off because AWS takes this instance away: the group, where there is one, brings another."""
         after = "another instance goes on" if self.group else "go on with: tools/ec2.py resume"
-        self._last_word("interrupted", reason, **more)
+        self._last_word("interrupted", reason)
         self.postman.tell("interrupted", f"{reason}\n{self._figures()}\n{after}")
         switch_off()
 

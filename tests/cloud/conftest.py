@@ -32,11 +32,17 @@ def session():
 
 
 @pytest.fixture
-def cloud_account(moto, session, monkeypatch):
-    """A fresh account: boto3's clients by name, and the names of all calls that are made in this process."""
+def fresh_moto(moto, monkeypatch):
+    """moto without anything in it, as where this process's clients go."""
     urllib.request.urlopen(urllib.request.Request(f"{moto.url}/moto-api/reset", method="POST"), timeout=20).close()
     for name, value in moto.environment.items():
         monkeypatch.setenv(name, value)
+    return moto
+
+
+@pytest.fixture
+def cloud_account(fresh_moto, session, monkeypatch):
+    """A fresh account: boto3's clients by name, and the names of all calls that are made in this process."""
     monkeypatch.setattr(aws_module, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(boto3, "Session", lambda **options: session)
     plain = {name: session.client(name) for name in ("s3", "ec2", "iam", "autoscaling", "ssm", "sns")}

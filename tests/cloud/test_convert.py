@@ -11,7 +11,6 @@ import sys
 import tarfile
 import threading
 import time
-import urllib.request
 import zipfile
 from pathlib import Path
 
@@ -25,7 +24,6 @@ from rn50.errors import RunError, UsageError
 from tests import hub
 from tests.conftest import ROOT
 from tests.data.test_imagenet import WNIDS, make_images, make_kaggle, make_parquet, make_tars
-from tests.services import MotoS3
 
 SETTINGS = ["source.counts=any", "out.resolutions=48,70", "out.workers=2"]
 LONG_SETTINGS = ["source.counts=any", "out.resolutions=320,480", "out.workers=1"]
@@ -43,18 +41,9 @@ SMALL = {"fetch.PART": 20_000, "fetch.CHUNK": 4096, "fetch.PAUSE_SECONDS": 0.02,
 FORMS = ("hf", "kaggle", "links", "s3")
 
 
-@pytest.fixture(scope="module")
-def moto():
-    with MotoS3() as server:
-        yield server
-
-
 @pytest.fixture
-def account(moto, monkeypatch):
+def account(fresh_moto):
     """Clients of an empty account with the bucket `bucket`."""
-    urllib.request.urlopen(urllib.request.Request(f"{moto.url}/moto-api/reset", method="POST"), timeout=20).close()
-    for name, value in moto.environment.items():
-        monkeypatch.setenv(name, value)
     made = Account(boto3.client("s3"), boto3.client("ssm"))
     made.s3.create_bucket(Bucket="bucket")
     return made

@@ -13,7 +13,6 @@ from rn50.cloud import origins, ranges
 from rn50.errors import RunError, UsageError
 from tests import hub
 from tests.conftest import ROOT
-from tests.services import MotoS3
 
 SHARDS = [f"data/train-{k:05d}-of-00004.parquet" for k in range(4)] + ["data/validation-00000-of-00001.parquet"]
 TARS = (origins.TRAIN, origins.VAL, origins.DEVKIT)
@@ -33,10 +32,9 @@ def server(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def s3():
-    with MotoS3() as server:
-        yield boto3.client("s3", endpoint_url=server.url, region_name="us-east-1", aws_access_key_id="test",
-                           aws_secret_access_key="test")  # fmt: skip
+def s3(moto):
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "test"}
+    return boto3.client("s3", endpoint_url=moto.url, region_name="us-east-1", **keys)
 
 
 def refused(kind, match, *request):

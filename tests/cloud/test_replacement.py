@@ -99,6 +99,7 @@ def test_a_spot_instance_that_is_taken_away_is_replaced_and_the_weights_are_the_
     assert alive(cloud_account) == []
     ec2.main(["fetch", "--bucket", BUCKET, "--run", "demo", "--out", str(tmp_path / "here")])
     assert len((tmp_path / "here" / "demo" / "log.jsonl").read_text().splitlines()) == 2
+    assert not {"stop", "ended", "holder", "told"} & {path.name for path in (tmp_path / "here" / "demo").iterdir()}
     capsys.readouterr()
     ec2.main(["status", "--bucket", BUCKET])
     out = capsys.readouterr().out
