@@ -16,6 +16,7 @@ from fastargs.exceptions import MissingValueError, ValidationError
 from fastargs.validation import Checker
 
 from rn50.errors import UsageError
+from rn50.files import expanded
 
 
 class whole(Checker):
@@ -79,7 +80,7 @@ class choice(Checker):
 
 
 class text(Checker):
-    """Non-empty text; paths too. `~` and variables are left to the shell."""
+    """Non-empty text."""
 
     def check(self, value):
         if isinstance(value, (dict, list, bool)) or not str(value).strip():
@@ -88,6 +89,13 @@ class text(Checker):
 
     def help(self):
         return "text"
+
+
+class path(text):
+    """A path, in which `~` and `$VAR` are what they are in a shell (rn50.files.expanded), or a URL."""
+
+    def check(self, value):
+        return expanded(super().check(value))
 
 
 class numbers(Checker):
@@ -135,7 +143,7 @@ def load(description, declared, argv=None):
     values = {}
     files, flags = _split(argv)
     for file in files:
-        values.update(_read_yaml(file))
+        values.update(_read_yaml(expanded(file)))
     values.update(flags)
     names = {".".join(path) for path in declared.entries}
     for key in values:
@@ -193,7 +201,10 @@ def _namespace(declared):
             value = declared[path]
         except MissingValueError:
             raise UsageError(f"{key} is required: {param.desc or param.checker.help()}") from None
-        except ValidationError:
+        except ValidationError as error:
+            # fastargs puts its own in the place of what a checker says
+            if isinstance(error.__context__, UsageError):
+                raise UsageError(f"{key}={error.__context__}") from None
             raise UsageError(f"{key} must be {param.checker.help()}, not {value!r}") from None
         sections.setdefault(path[0], {})[".".join(path[1:])] = value
     return SimpleNamespace(**{name: SimpleNamespace(**keys) for name, keys in sections.items()})

@@ -1,13 +1,44 @@
-"""Files that are whole or not there, their checksums, and the one reader of a log.jsonl. Imports no torch."""
+"""Paths as a user writes them, files that are whole or not there, and the one reader of a log.jsonl. No torch."""
 
 import contextlib
 import hashlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
-from rn50.errors import RunError
+from rn50.errors import RunError, UsageError
+
+VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
+
+
+def expanded_path(text):
+    """A Path from an argument: `expanded`, for a parser's `type`."""
+    return Path(expanded(text))
+
+
+def expanded(text):
+    """`text` with `~`, `~user`, `$NAME` and `${NAME}` as a shell reads them: YAML and `--key=~/x` go through none.
+
+    A URL (s3://…) stays as it is, and so does the name of a file that is there, as `*` in a shell may give it.
+    UsageError names a variable that is not set: taken for nothing, it would make another path.
+    """
+    if "://" in text or ("$" in text and os.path.lexists(text)):
+        return text
+    found = os.path.expanduser(VARIABLE.sub(lambda match: _variable(match, text), text))
+    if found.split("/")[0] == "~":
+        raise UsageError(f"{text}: there is no home folder here for ~; set HOME, or write the path in full")
+    if not found:
+        raise UsageError(f"{text or 'a path'} is empty")
+    return found
+
+
+def _variable(match, text):
+    name = match[1] or match[2]
+    if name not in os.environ:
+        raise UsageError(f"{text}: the variable {name} is not set; set it, or write the path in full")
+    return os.environ[name]
 
 
 def write_atomically(path, content):

@@ -43,6 +43,15 @@ def build_model(
     return model
 
 
+def not_finite(weights):
+    """Name of the first of `weights`, {name: tensor}, that has an infinity or NaN in it, or None. Waits for a GPU."""
+    floating = {name: tensor for name, tensor in weights.items() if tensor.is_floating_point()}
+    # the largest magnitude of all is one number to wait for
+    if torch.isfinite(torch.nn.utils.get_total_norm(list(floating.values()), float("inf"))):
+        return None
+    return next(name for name, tensor in floating.items() if not torch.isfinite(tensor).all())
+
+
 def composer_initialisation(module):
     """What MosaicML's recipes start from: KAIMING_NORMAL and BN_UNIFORM of composer 0.7.1, models/initializers.py.
 

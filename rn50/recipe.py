@@ -3,7 +3,7 @@
 from fastargs import Config, Param, Section
 
 from rn50 import config, schedules
-from rn50.config import choice, either, number, numbers, switch, text, whole
+from rn50.config import choice, either, number, numbers, path, switch, text, whole
 from rn50.errors import UsageError
 from rn50.model import ARCHITECTURES, INITIALISATIONS
 
@@ -38,7 +38,7 @@ Section("training", "Optimisation", SETTINGS).params(
     device=Param(choice("auto", "cuda", "cpu"), "where to train", default="auto"),
     seed=Param(whole(0), "weights, order and augmentation", default=0),
     eval_only=Param(switch(), "evaluate a checkpoint and stop", default=False),
-    checkpoint=Param(text(), "what eval_only evaluates (default: the run's last)"),
+    checkpoint=Param(path(), "what eval_only evaluates (default: the run's last)"),
 )
 Section("lr", "Learning rate", SETTINGS).params(
     lr_per_256=Param(number(0), "peak per 256 images of batch_size", default=0.1),
@@ -56,7 +56,7 @@ Section("resolution", "Progressive resizing of the training crops", SETTINGS).pa
     multiple=Param(whole(1), "round to this many px", default=32),
 )
 Section("data", "Betons, loading and augmentation", SETTINGS).params(
-    dir=Param(text(), "folder of train_SIZE.beton and val_SIZE.beton", required=True),
+    dir=Param(path(), "folder of train_SIZE.beton and val_SIZE.beton", required=True),
     rung=Param(either("auto", whole(1)), "SIZE to train from; auto: smallest that is large enough", default="auto"),
     order=Param(choice("auto", "random", "page"), "page: sequential reads, for files beyond memory", default="auto"),
     workers=Param(whole(0), "decoding threads per GPU; 0: all cores, shared among the GPUs here", default=0),
@@ -75,11 +75,11 @@ Section("validation", "Evaluation", SETTINGS).params(
     every=Param(whole(1), "epochs between evaluations; the last is always evaluated", default=1),
 )
 Section("logging", "Run folder", SETTINGS).params(
-    folder=Param(text(), "where run folders are", default="runs"),
-    run_name=Param(text(), "the run's folder; the same name resumes", required=True),
+    folder=Param(path(), "where run folders are", default="runs"),
+    run_name=Param(path(), "the run's folder; the same name resumes", required=True),
     checkpoint_minutes=Param(number(0), "between checkpoints; one is also made at the end of every epoch", default=10),
     checkpoint_steps=Param(whole(0), "optimizer steps between checkpoints; 0: only by time", default=0),
-    mirror=Param(text(), "s3://bucket/prefix that gets a copy of the run folder, to go on with on another machine"),
+    mirror=Param(path(), "s3://bucket/prefix that gets a copy of the run folder, to go on with on another machine"),
 )
 Section("budget", "Money", SETTINGS).params(
     max_dollars=Param(number(0), "the run writes a checkpoint and stops before it has cost more"),

@@ -15,7 +15,7 @@ import yaml
 
 from rn50 import errors
 from rn50.command import run
-from rn50.files import write_result
+from rn50.files import expanded, write_result
 from rn50.planning import plots
 
 # Where and how fast a run is, and not what it computes.
@@ -24,9 +24,9 @@ NOT_COMPARED = ("logging.", "budget.", "data.dir", "data.workers", "data.timeout
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder, or a log.jsonl alone")
-    parser.add_argument("--out", metavar="PNG", help="the curves of them all")
-    parser.add_argument("--json", metavar="JSON", help="the table's rows and the settings that differ")
+    parser.add_argument("runs", nargs="+", type=expanded, metavar="RUN", help="a run folder, or a log.jsonl alone")
+    parser.add_argument("--out", type=expanded, metavar="PNG", help="the curves of them all")
+    parser.add_argument("--json", type=expanded, metavar="JSON", help="the table's rows and the settings that differ")
     args = parser.parse_args(argv)
     logs, notes = zip(*(plots.read_log(run) for run in args.runs), strict=True)
     configs = [read_config(Path(run)) for run in args.runs]

@@ -23,6 +23,7 @@ from rn50.cloud import store as cloud
 from rn50.cloud.aws import Aws, aws_errors
 from rn50.command import run
 from rn50.errors import UsageError
+from rn50.files import expanded
 from rn50.planning import conversion as converting
 from rn50.planning import costs, speeds
 
@@ -193,7 +194,7 @@ def arguments(argv):
         sub.add_argument("--replacements", type=count, default=replacements, help="spot: at most so many (20)")
     made["status"].add_argument("--watch", nargs="?", type=positive, const=20.0, metavar="SECONDS",
                                 help="a screen that is renewed")  # fmt: skip
-    made["fetch"].add_argument("--out", help="folder of run folders (default: runs)")
+    made["fetch"].add_argument("--out", type=expanded, help="folder of run folders (default: runs)")
     for name in ("launch", "resume", "status", "stop", "fetch"):
         made[name].add_argument("--run", help="the run's name; launch: default logging.run_name of the config")
     for name in ("convert", "launch", "resume", "clean"):

@@ -34,8 +34,9 @@ from rn50.command import run
 from rn50.data import beton, writer
 from rn50.data.sources import open_source
 from rn50.errors import RunError, UsageError
-from rn50.files import read_json
+from rn50.files import expanded, expanded_path, read_json
 from rn50.machine import commit
+from rn50.model import not_finite
 from rn50.publishing import card, export
 from rn50.training import checkpoint
 
@@ -60,6 +61,8 @@ def main():
     description = export.architecture(state)
     weights = state["ema"]["model"] if which == "ema" else state["model"]
     network = export.load_network(description, weights)
+    if spoiled := not_finite(weights):
+        raise RunError(f"{args.checkpoint} holds weights that are not finite ({spoiled}): there is nothing to export")
     data = Data(args.data or state["config"]["data"]["dir"])
     if len(data.classes) != description["num_classes"]:
         raise RunError(f"{data.folder} has {len(data.classes)} classes, the checkpoint {description['num_classes']}")
@@ -76,16 +79,22 @@ def main():
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, help="last.pt of a run folder")
-    parser.add_argument("--out", required=True, type=Path, help="the folder to write; an earlier export is replaced")
-    parser.add_argument("--data", help="folder of the .beton files (default: the run's data.dir)")
+    parser.add_argument("--checkpoint", required=True, type=expanded, help="last.pt of a run folder")
+    parser.add_argument(
+        "--out", required=True, type=expanded_path, help="the folder to write; an earlier export is replaced"
+    )
+    parser.add_argument("--data", type=expanded, help="folder of the .beton files (default: the run's data.dir)")
     parser.add_argument("--weights", choices=("ema", "last"), help="default: ema where the run had it")
     parser.add_argument("--name", help="what the model is called (default: the run's name)")
     parser.add_argument("--dataset", help="what the images are called (default: by the classes)")
     parser.add_argument("--licence", default="mit", help="of the weights, as the Hub calls it (default: mit)")
-    parser.add_argument("--images", type=Path, help="folder with val/<class>/<image>: also compare the app on files")
+    parser.add_argument(
+        "--images", type=expanded_path, help="folder with val/<class>/<image>: also compare the app on files"
+    )
     parser.add_argument("--max-images", type=int, default=5000, help="how many to compare on, evenly spaced")
-    parser.add_argument("--examples", nargs="+", type=Path, default=[], metavar="IMAGE", help="pictures to offer")
+    parser.add_argument(
+        "--examples", nargs="+", type=expanded_path, default=[], metavar="IMAGE", help="pictures to offer"
+    )
     parser.add_argument("--examples-licence", metavar="TEXT", help="of the example pictures, stated in the card")
     parser.add_argument("--no-int8", action="store_true", help="do not try an 8-bit network")
     args = parser.parse_args()

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rn50.command import run
 from rn50.errors import RunError, UsageError
-from rn50.files import read_rows, write_atomically
+from rn50.files import expanded, expanded_path, read_rows, write_atomically
 from rn50.planning import costs, speeds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -313,9 +313,9 @@ def main():
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder for the report")
-    parser.add_argument("--imagenette", help="folder with Imagenette's train/ and val/")
-    parser.add_argument("--betons", help="folder of ImageNet's .beton files")
+    parser.add_argument("--out", type=expanded_path, help="folder for the report")
+    parser.add_argument("--imagenette", type=expanded, help="folder with Imagenette's train/ and val/")
+    parser.add_argument("--betons", type=expanded, help="folder of ImageNet's .beton files")
     parser.add_argument("--instance", help="EC2 type of this machine, for its price")
     parser.add_argument("--only", type=lambda text: text.split(","), help="names of checks, comma-separated")
     parser.add_argument("--list", action="store_true", help="print the table of checks and stop")

@@ -16,7 +16,7 @@ import yaml
 
 from rn50.command import run
 from rn50.errors import RunError, UsageError
-from rn50.files import read_rows, write_result
+from rn50.files import expanded, read_rows, write_result
 from rn50.planning import conversion, costs, projection, speeds, top1
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -480,11 +480,13 @@ def arguments(argv):
     parser.add_argument("--target", type=positive, required=True, help="top-1 in %%, 224 px, single view")
     parser.add_argument("--instance", help="only this EC2 type, all recipes")
     parser.add_argument("--spot", action="store_true", help="spot prices, where one was seen")
-    parser.add_argument("--preflight", metavar="JSON", help="speeds that tools/preflight.py measured, not the table's")
+    parser.add_argument(
+        "--preflight", type=expanded, metavar="JSON", help="speeds that tools/preflight.py measured, not the table's"
+    )
     parser.add_argument("--elsewhere", action="store_true", help="the best recipe also on machines that are not EC2's")
-    parser.add_argument("--json", metavar="OUT", help="all rows as a list")
-    parser.add_argument("--png", metavar="OUT", help="dollars against top-1")
-    parser.add_argument("--proposal", metavar="OUT.md", help="one page asking for AWS credits")
+    parser.add_argument("--json", type=expanded, metavar="OUT", help="all rows as a list")
+    parser.add_argument("--png", type=expanded, metavar="OUT", help="dollars against top-1")
+    parser.add_argument("--proposal", type=expanded, metavar="OUT.md", help="one page asking for AWS credits")
     args = parser.parse_args(argv)
     if args.preflight and (args.instance or args.spot):
         parser.error("--preflight is one machine at the price it was given: leave out --instance and --spot")

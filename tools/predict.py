@@ -17,6 +17,7 @@ from PIL import Image
 
 from rn50.command import run
 from rn50.errors import RunError, UsageError
+from rn50.files import expanded, expanded_path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
 import inference
@@ -52,11 +53,13 @@ def main():
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--model", default="model", help="an exported model's folder (default: model)")
+    parser.add_argument("images", nargs="+", type=expanded_path, metavar="IMAGE")
+    parser.add_argument("--model", default="model", type=expanded, help="an exported model's folder (default: model)")
     parser.add_argument("--top", type=int, default=5, help="classes a picture (5)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
-    parser.add_argument("--cam", type=Path, metavar="PNG", help="write the class activation map over the picture")
+    parser.add_argument(
+        "--cam", type=expanded_path, metavar="PNG", help="write the class activation map over the picture"
+    )
     parser.add_argument("--cam-class", metavar="NAME", help="of this class, by name or wnid (default: the best)")
     args = parser.parse_args()
     if args.cam and len(args.images) != 1:

@@ -30,7 +30,7 @@ from rn50 import choices, config, recipe
 from rn50.command import run
 from rn50.data import loaders
 from rn50.errors import RunError, UsageError
-from rn50.files import write_result
+from rn50.files import expanded, write_result
 from rn50.learner import Learner
 from rn50.machine import commit, cores, memory_bytes
 from rn50.planning import costs, speeds
@@ -388,15 +388,17 @@ def arguments():
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="Further arguments are settings of train_imagenet.py."
     )
-    parser.add_argument("config", metavar="CONFIG", help="the recipe's YAML")
-    parser.add_argument("--data", required=True, help="folder of train_SIZE.beton")
+    parser.add_argument("config", type=expanded, metavar="CONFIG", help="the recipe's YAML")
+    parser.add_argument("--data", required=True, type=expanded, help="folder of train_SIZE.beton")
     parser.add_argument("--budget", type=positive, required=True, help="dollars")
     parser.add_argument("--instance", help="EC2 type, for its on-demand price")
     parser.add_argument("--dollars-per-hour", type=positive, help="what you pay, for instance on spot")
-    parser.add_argument("--source", help="where betons are staged from: s3://BUCKET/FILE or a path")
+    parser.add_argument("--source", type=expanded, help="where betons are staged from: s3://BUCKET/FILE or a path")
     parser.add_argument("--seconds", type=positive, default=60, help="of each of two measurements a resolution")
-    parser.add_argument("--write", metavar="FILE", help="put the fastest settings into this YAML, and go on with them")
-    parser.add_argument("--json", metavar="OUT", help="for tools/plan_run.py --preflight")
+    parser.add_argument(
+        "--write", type=expanded, metavar="FILE", help="put the fastest settings into this YAML, and go on with them"
+    )
+    parser.add_argument("--json", type=expanded, metavar="OUT", help="for tools/plan_run.py --preflight")
     return parser.parse_known_args()
 
 

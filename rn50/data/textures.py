@@ -18,6 +18,7 @@ from PIL import Image
 
 from rn50 import errors
 from rn50.command import run
+from rn50.files import expanded
 
 # Part of every tree's description, so that a tree made by older code is not taken for today's.
 GENERATOR_VERSION = 2
@@ -230,7 +231,7 @@ def _read_description(root):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m rn50.data.textures", description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="written as FOLDER/{train,val}/<class>/NNNN.jpg")
+    parser.add_argument("folder", type=expanded, help="written as FOLDER/{train,val}/<class>/NNNN.jpg")
     parser.add_argument("--train-per-class", type=int, default=200)
     parser.add_argument("--val-per-class", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
