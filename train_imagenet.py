@@ -9,8 +9,10 @@ rn50/training/session.py keeps the run alive.
 """
 
 if __name__ == "__main__":
+    from rn50.command import open_streams
     from rn50.training import interruption
 
+    open_streams()  # before signals' pipe, which would take the number of a stream that is closed
     interruption.catch_signals()  # importing torch takes seconds, in which a signal should not be lost
 
 import time
@@ -183,7 +185,7 @@ def evaluate_at(session, px, flip):
 
 def final_evaluation(session):
     """{resolution: {view: figures}} at every resolution of the config, single view and flip-averaged."""
-    return {px: evaluate_at(session, px, flip=True) for px in session.cfg.validation.resolutions}
+    return session.finite({px: evaluate_at(session, px, flip=True) for px in session.cfg.validation.resolutions})
 
 
 if __name__ == "__main__":

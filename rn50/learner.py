@@ -14,7 +14,7 @@ from rn50.augment import color_jitter, jitter_factors, mixup, mixup_share, norma
 from rn50.ema import EMA
 from rn50.errors import RunError, UsageError
 from rn50.losses import binary_cross_entropy, cross_entropy
-from rn50.model import build_model
+from rn50.model import build_model, not_finite
 from rn50.optimizer import FiniteSteps, build_optimizer, climbed, set_learning_rate
 from rn50.precision import autocast_dtype, dtype_name
 
@@ -189,6 +189,11 @@ class Learner:
     def evaluated(self):
         """The network that is evaluated: the EMA's, or the trained one where there is no EMA."""
         return self.ema.model if self.ema else self.network
+
+    def not_finite(self):
+        """Name of a weight or BatchNorm statistic, of the network or its average, with an infinity or NaN, or None."""
+        averaged = {f"ema.{name}": tensor for name, tensor in self.ema.model.state_dict().items()} if self.ema else {}
+        return not_finite(self.network.state_dict() | averaged)
 
     def state(self):
         """Tensors and plain values, from which `restore` goes on."""

@@ -126,7 +126,10 @@ class Instance:
 
     def tell_warnings(self):
         """Mail what the run finds wrong with itself, each once: what is wrong early need not be paid for to the end."""
-        rows = read_rows(self.folder / "log.jsonl", warn=lambda text: None)
+        try:
+            rows = read_rows(self.folder / "log.jsonl", warn=lambda text: None)
+        except RunError as error:
+            return say(f"warning: {error}")
         for found in cloud.warnings_of(rows):
             self.postman.tell(found["cause"], found["text"], once=f"warning: {found['cause']}")
 

@@ -1,15 +1,18 @@
 """Checkpoints that are whole or not there: tensors and plain values, written aside, synced, renamed."""
 
+import contextlib
 import os
+import re
 import threading
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 
 from rn50.errors import RunError, Stopped
-from rn50.training import interruption
+from rn50.training import foreign, interruption
 
 FORMAT = 2
 LAST, PREVIOUS, PARTIAL = "last.pt", "previous.pt", "last.pt.partial"
@@ -56,17 +59,25 @@ def accept(folder):
 
 
 def load(path):
-    """The state in one checkpoint file, on the CPU. Raises RunError if it is missing, damaged or of another format."""
+    """The state in one checkpoint file, on the CPU. RunError if it is missing, damaged, or what else it is."""
     try:
         _check(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of other kinds of archives, which are named below
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise RunError(f"no checkpoint at {path}") from None
     except Exception as error:  # a damaged zip raises almost anything
+        with contextlib.suppress(OSError):
+            if what := foreign.kind(path):
+                raise RunError(
+                    f"checkpoint {path} cannot be read: it is {what[0]}, not a checkpoint of this project{what[1]}"
+                ) from None
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.sub(r"\x1b\[\w*", "", reason)  # torch's advice is in bold letters
         raise RunError(f"checkpoint {path} cannot be read ({reason})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise RunError(f"{path} is not a checkpoint of format {FORMAT}; it is from another version or program")
+        what, remedy = foreign.contents(state)
+        raise RunError(f"{path} is {what}, not a checkpoint of format {FORMAT} of this project{remedy}")
     return state
 
 

@@ -2,6 +2,11 @@
 
 import os
 import re
+import socket
+import sys
+import time
+from concurrent import futures
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -9,19 +14,60 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from rn50.errors import RunError, UsageError
+from rn50.errors import RunError, Stopped, UsageError
 from rn50.machine import cores
+from rn50.training import interruption
 
 DEVICE_FILES = Path("/dev")
 WSL_DRIVER = Path("/usr/lib/wsl/lib/libcuda.so.1")  # Windows lends its GPU to WSL 2 without a file in /dev
 # How much longer than the hosts GPUs wait for each other: NCCL ends the process, which could then not say why.
 GPU_PATIENCE = timedelta(seconds=60)
+# How long ranks wait for each other at the beginning: one may still be importing torch from a cold disk, or be on a
+# machine that is started later. And after how long they say so.
+JOIN_SECONDS, QUIET_SECONDS = 300.0, 5.0
+# What torchrun sets, and the values with which they change nothing for a single process.
+VARIABLES = {"RANK": None, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+VARIABLES |= {"MASTER_ADDR": None, "MASTER_PORT": None}
 
 _hosts = None  # the group of the hosts, where it is not the default one
 
 
 class LostContact(RunError):
     """Another rank died, hangs or left; it says why itself, if it can."""
+
+
+def check_environment():
+    """UsageError where torchrun's variables are there in part, or say what cannot be: leftovers, most likely.
+
+    LOCAL_RANK and LOCAL_WORLD_SIZE may be missing, as where one process a machine is started without torchrun.
+    """
+    given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
+    numbers = {name: int(text) for name, text in given.items() if name != "MASTER_ADDR" and text.isdecimal()}
+    problem = None
+    if missing := [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if not given.get(name)]:
+        # an address alone, or the only rank there is, changes nothing
+        if "RANK" in given or any(
+            name in given and numbers.get(name) != alone for name, alone in VARIABLES.items() if alone is not None
+        ):
+            problem = f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    elif wrong := [name for name in given if name != "MASTER_ADDR" and name not in numbers]:
+        problem = f"{wrong[0]} must be a whole number"
+    elif not numbers["RANK"] < numbers["WORLD_SIZE"]:
+        problem = "RANK must be less than WORLD_SIZE"
+    elif not numbers.get("LOCAL_RANK", 0) < numbers.get("LOCAL_WORLD_SIZE", numbers["WORLD_SIZE"]):
+        problem = f"LOCAL_RANK must be less than {'LOCAL_' if 'LOCAL_WORLD_SIZE' in given else ''}WORLD_SIZE"
+    elif not numbers["MASTER_PORT"] < 1 << 16:
+        problem = "MASTER_PORT must be a port, less than 65536"
+    if problem:
+        raise UsageError(f"{_spelled(given)} set, but {problem}: {_remedy()}")
+
+
+def _spelled(given):
+    return f"{', '.join(f'{name}={text}' for name, text in given.items())} {'is' if len(given) == 1 else 'are'}"
+
+
+def _remedy():
+    return f"unset {' '.join(name for name in VARIABLES if name in os.environ)} to train alone, or start with torchrun"
 
 
 def setup(device_name, *, timeout=600):
@@ -35,7 +81,7 @@ def setup(device_name, *, timeout=600):
     global _hosts
     device = choose_device(device_name)
     if device.type == "cuda":
-        ranks, there_are = ranks_on_this_node(), torch.cuda.device_count()
+        ranks, there_are = max(ranks_on_this_node(), local_rank() + 1), torch.cuda.device_count()
         if ranks > there_are:
             raise UsageError(f"torchrun --nproc_per_node={ranks} needs as many GPUs; torch sees {there_are} here")
         torch.cuda.set_device(device)
@@ -48,12 +94,88 @@ def setup(device_name, *, timeout=600):
         # gloo beside NCCL: what hosts tell each other does not make their GPUs wait, and a dead host is noticed at once
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
-        store, rank, world_size = next(dist.rendezvous("env://", timeout=limit))
+        world_size = int(os.environ["WORLD_SIZE"])
+        store = _meet(rank(), world_size)
         patience = GPU_PATIENCE if device.type == "cuda" else timedelta(0)
-        dist.init_process_group(backend, store=_own(store), rank=rank, world_size=world_size, timeout=limit + patience)
+        dist.init_process_group(backend, store=store, rank=rank(), world_size=world_size, timeout=limit + patience)
         _hosts = dist.new_group(backend="gloo", timeout=limit) if device.type == "cuda" else None
-        return device, rank, world_size
+        return device, rank(), world_size
     return device, 0, 1
+
+
+def _meet(rank, world_size):
+    """The store at MASTER_ADDR, once all ranks are at it; says for whom it waits, and why.
+
+    RunError where they do not come within JOIN_SECONDS, Stopped where a stop is asked for meanwhile.
+    """
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    wait = _Wait(f"at {host}:{port}")
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    # torch itself would wait silently, or fill the screen, until its own limit
+    while refusal := _unknown(host) if serves else _unreachable(host, port):
+        wait.on(f"rank 0 ({refusal})", f"RANK={rank} is")
+    try:
+        # in a thread: a program that listens but does not answer keeps it for ever
+        options = {"timeout": timedelta(seconds=JOIN_SECONDS), "wait_for_workers": False, "multi_tenant": serves}
+        made = ThreadPoolExecutor(1).submit(dist.TCPStore, host, port, world_size, serves, **options)
+        while not futures.wait([made], timeout=0.2).done:
+            wait.on("an answer of rank 0", f"RANK={rank} is")
+        store = made.result()
+        store = _own(store)
+        store.set(f"here {rank}", "")
+        while missing := [other for other in range(world_size) if not store.check([f"here {other}"])]:
+            names = ", ".join(map(str, missing[:8])) + (", …" if len(missing) > 8 else "")
+            wait.on(f"{len(missing)} of {world_size} ranks (rank {names})", f"WORLD_SIZE={world_size} is")
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"rank {rank} cannot meet the others at {host}:{port} ({reason}); {_remedy()}") from error
+    return store
+
+
+class _Wait:
+    """Waiting at the beginning, which says once for whom and why, and does not last for ever."""
+
+    def __init__(self, where):
+        self._where, self._began, self._said = where, time.monotonic(), False
+
+    def on(self, whom, why):
+        """Sleep a moment, or raise."""
+        if interruption.reason():
+            raise Stopped(interruption.reason())
+        if self._waited() > JOIN_SECONDS:
+            raise RunError(f"waited {JOIN_SECONDS:.0f} s in vain for {self._because(whom, why)}")
+        if self._waited() > QUIET_SECONDS:
+            self._say(whom, why)
+        time.sleep(min(0.2, QUIET_SECONDS / 4))
+
+    def _waited(self):
+        return time.monotonic() - self._began
+
+    def _say(self, whom, why):
+        # one of each machine is enough
+        if not self._said and (local_rank() == 0 or "rank 0" in whom):
+            self._said = True
+            text = f"waiting for {self._because(whom, why)} (for {JOIN_SECONDS:.0f} s in all)"
+            print(text, file=sys.stderr, flush=True)
+
+    def _because(self, whom, why):
+        return f"{whom} {self._where}, because {why} set in the environment; if there is none to come, {_remedy()}"
+
+
+def _unknown(host):
+    """Why a host's name leads nowhere, or None."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        return error.strerror or str(error)
+
+
+def _unreachable(host, port):
+    """Why nobody is reached there, or None."""
+    try:
+        socket.create_connection((host, port), timeout=2).close()
+    except OSError as error:
+        return error.strerror or str(error)
 
 
 def choose_device(device_name):
@@ -100,7 +222,8 @@ def _own(store):
     """The part of torchrun's `store` that belongs to this start of the workers.
 
     One store outlives them all (torch 2.14), so a restarted rank could take the address of a dead one for its peer's
-    and wait for it. Agents of several nodes count their restarts each for itself: there the store stays as it is.
+    and wait for it. Agents of several nodes count their restarts each for itself: there the store stays as it is, and
+    `_meet` takes a rank that was there before for one that is.
     """
     alone = os.environ.get("GROUP_WORLD_SIZE") == "1"
     return dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store) if alone else store

@@ -1,9 +1,12 @@
 """A run's folder: config.yaml, environment.json, log.jsonl (one row an epoch), TensorBoard events, status.json."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import platform
+import socket
 import sys
 import time
 from contextlib import contextmanager
@@ -22,6 +25,8 @@ from rn50.training import interruption
 from rn50.training.distributed import LostContact
 
 PROGRESS_SECONDS = 30.0  # between two progress.json
+LOCK = "lock"
+LOCK_SECONDS = 2.0  # a process that was killed a moment ago may still be ending
 PACKAGES = ("rn50", "torch", "torchvision", "ffcv", "numpy", "numba", "opencv-python", "fastargs")
 
 
@@ -33,6 +38,58 @@ def make_folder(folder):
         raise RunError(f"cannot make the run folder {folder}: {error.strerror}") from error
     if not os.access(folder, os.W_OK):
         raise RunError(f"the run folder {folder} cannot be written to; change its permissions or logging.folder")
+
+
+class Claim:
+    """The right to write into a run's folder, which one process on all machines has at a time; made for every rank.
+
+    held: whether this command has it. refusal: why it cannot have it, or None. `take` is for rank 0; the others are
+    told. warn: is told where the file system has no locks: the command then goes on without.
+
+    It is a lock of the file folder/lock, which ends with its process, however that ends. A POSIX record lock (lockf),
+    because that belongs to the process: flock's would live on in a child that was forked and outlived a kill -9. Linux
+    sends both to NFS servers, for which the file must be open for writing. No one else may open the file in this
+    process: closing any descriptor of it gives the lock away.
+    """
+
+    def __init__(self, folder, *, warn):
+        self.folder, self.held, self.refusal = Path(folder), False, None
+        self._warn, self._file = warn, None
+
+    def take(self):
+        """Have the folder, or know who has it. Nothing is raised; a second call changes nothing."""
+        if self.held or self.refusal:
+            return
+        try:
+            self._file = open(self.folder / LOCK, "a+", encoding="utf-8")  # noqa: SIM115
+            if self._locked():
+                self._file.truncate(0)
+                self._file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                self._file.flush()
+                self.held = True
+            else:
+                self._file.seek(0)
+                holder = self._file.readline().strip() or "another process"
+                self.refusal = (
+                    f"{self.folder} is in use: {holder} trains into it; wait until it has ended, stop it, or choose "
+                    "another logging.run_name"
+                )
+        except (OSError, UnicodeDecodeError) as error:
+            self.held = True
+            self._warn(f"cannot lock {self.folder} ({error}): start no second command with this logging.run_name")
+
+    def _locked(self):
+        give_up = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except OSError as error:
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                if time.monotonic() > give_up:
+                    return False
+                time.sleep(0.1)
 
 
 def write_status(folder, *, status, reason, step, epoch):
@@ -48,19 +105,22 @@ def write_status(folder, *, status, reason, step, epoch):
 
 
 @contextmanager
-def recorded(folder, progress, *, rank):
+def recorded(folder, progress, *, rank, claim=None):
     """How the block ends is in folder/status.json; while it runs there is none.
 
     progress: an object with `step` and `epoch`, read at the end. Rank 0 writes for all, except that any rank may be the
-    first to say why the run failed: the others then only say that it is gone.
+    first to say why the run failed: the others then only say that it is gone. While a `claim` is not held, the folder
+    is left as it is.
     """
     path = Path(folder) / "status.json"
 
     def write(status, reason):
+        if claim and not claim.held:
+            return
         if rank == 0 or (status == "failed" and not path.exists()):
             write_status(folder, status=status, reason=reason, step=progress.step, epoch=progress.epoch)
 
-    if rank == 0:
+    if rank == 0 and (claim is None or claim.held):
         with contextlib.suppress(OSError):
             path.unlink()
     interruption.at_forced_exit(partial(write, "interrupted"))

@@ -1,7 +1,9 @@
 """What keeps a run alive around its loop: ranks, folder, resuming, money, log, checkpoints, and how it ends."""
 
 import contextlib
+import math
 import os
+import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -23,7 +25,7 @@ from rn50.precision import dtype_name
 from rn50.training import checkpoint, distributed, interruption
 from rn50.training.mirror import Mirror
 from rn50.training.progress import Bar, Progress, Stopwatch, Waiting
-from rn50.training.run_folder import RunLog, describe_environment, make_folder, recorded
+from rn50.training.run_folder import Claim, RunLog, describe_environment, make_folder, recorded
 
 # Seconds that a finished run waits for room on a full disk, and one that fails for the checkpoint it is writing.
 DISK_PATIENCE, FAILURE_PATIENCE = 600.0, 30.0
@@ -32,6 +34,7 @@ COMPILED = "compiled"  # torch.compile's cache, in the run's folder
 
 def check(cfg):
     """UsageError where this machine, or what is known of prices, cannot do what `cfg` asks for."""
+    distributed.check_environment()
     distributed.choose_device(cfg.training.device)
     if cfg.budget.max_dollars is not None and budget.price(**prices(cfg)) is None:
         raise UsageError("budget.max_dollars needs budget.dollars_per_hour or budget.instance")
@@ -46,17 +49,26 @@ def prices(cfg):
 def training_session(cfg):
     """A Session whose end, however it comes, leaves a checkpoint, status.json and the mirror as they should be."""
     folder, progress = run_folder(cfg), Progress()
+    claim = Claim(folder, warn=lambda message: _say(f"warning: {message}"))
     if distributed.local_rank() == 0:
         interruption.watch_ec2()
-    with contextlib.ExitStack() as at_last, recorded(folder, progress, rank=distributed.rank()), distributed.contact():
-        session = Session(cfg, progress)
+    if distributed.rank() == 0 and folder.is_dir():
+        claim.take()  # before the first word in status.json, which may be about another command's run
+    record = recorded(folder, progress, rank=distributed.rank(), claim=claim)
+    with contextlib.ExitStack() as at_last, record, distributed.contact():
+        session = Session(cfg, progress, claim)
+        session.share_claim()
+        session.say = _tolerant(session.say)
         if session.rank == 0 and cfg.logging.mirror:
             session.mirror = Mirror(cfg.logging.mirror, folder=folder, warn=session.warn)
-            at_last.callback(session.mirror.put_records)
+            at_last.callback(lambda: claim.held and session.mirror.put_records())
         try:
-            yield session
-        except Stopped as stop:
-            session.stop(stop)
+            try:
+                yield session
+            except Stopped as stop:
+                session.stop(stop)
+                raise
+        except Stopped:
             raise
         except Exception:
             if session.checkpoints:
@@ -76,11 +88,12 @@ class Session:
     """One command's part of a run, on one rank.
 
     `attach` gives it what it looks after, `resume` goes on from the newest checkpoint. Only rank 0 has a log,
-    checkpoints, a mirror and a guard of the money; what it decides, the others are told.
+    checkpoints, a mirror and a guard of the money; what it decides, the others are told. claim: of the run's folder,
+    where something is to be written into it.
     """
 
-    def __init__(self, cfg, progress):
-        self.cfg, self.progress, self.folder = cfg, progress, run_folder(cfg)
+    def __init__(self, cfg, progress, claim=None):
+        self.cfg, self.progress, self.folder, self._claim = cfg, progress, run_folder(cfg), claim
         patience = 60 * cfg.data.timeout_minutes + 300
         self.device, self.rank, self.world_size = distributed.setup(cfg.training.device, timeout=patience)
         recipe.check_batch(cfg, self.world_size)
@@ -93,6 +106,16 @@ class Session:
 
     def warn(self, message):
         self.say(f"warning: {message}")
+
+    def share_claim(self):
+        """Let all ranks know whether the folder is this command's; RunError on all of them where it is another's.
+
+        Only once all have joined: where rank 0 alone ended, the others would wait for it.
+        """
+        claim = self._claim
+        claim.held, claim.refusal = distributed.from_rank_0((claim.held, claim.refusal))
+        if claim.refusal:
+            raise RunError(claim.refusal)
 
     def attach(self, learner, train, val):
         """What the run is of: its Learner and the two Ladders."""
@@ -107,6 +130,9 @@ class Session:
         saved = None
         if self.rank == 0:
             make_folder(self.folder)
+            self._claim.take()  # a new folder; one that was there is claimed already
+        self.share_claim()
+        if self.rank == 0:
             saved = checkpoint.newest(self.folder, warn=self.warn, mirror=self.mirror)
         saved, betons = distributed.from_rank_0((saved, self.betons))
         refuse_others(betons, self.betons, "which rank 0 reads")
@@ -114,6 +140,11 @@ class Session:
             recipe.refuse_change(saved["config"], cfg, self.folder)
             refuse_others(saved["betons"], self.betons, f"which the run in {self.folder} was started with")
             self.learner.restore(saved)
+            if spoiled := self.learner.not_finite():
+                raise RunError(
+                    f"the checkpoint in {self.folder} holds weights that are not finite ({spoiled}), and so would all "
+                    "that comes: move the folder away to start anew"
+                )
             progress.restore(saved["progress"], self.device)
             self.say(
                 f"resuming {self.folder} at step {progress.step}: "
@@ -131,6 +162,8 @@ class Session:
         """Take over the weights of training.checkpoint, or of the run's last, whatever recipe made them."""
         saved = checkpoint.load(self.cfg.training.checkpoint or self.folder / checkpoint.LAST)
         self.learner.restore_weights(saved)
+        if spoiled := self.learner.not_finite():
+            raise RunError(f"the checkpoint holds weights that are not finite ({spoiled}): it is of no use")
         self.progress.restore(saved["progress"], self.device)
 
     def _announce(self):
@@ -322,7 +355,17 @@ class Session:
             yield from islice(batches, 1)
 
     def save(self, *, last=False):
-        """Have a checkpoint written, unless the newest steps were left out: what comes of that is not known yet."""
+        """Have a checkpoint written, unless the newest steps were left out: what comes of that is not known yet.
+
+        RunError where weights are not finite: they would never be again, and must not take a good checkpoint's place.
+        """
+        # FiniteSteps cannot see it: a gradient is finite before a step that is too long, and so is the loss where
+        # BatchNorm divides by an infinite variance
+        if self.rank == 0 and (spoiled := self.learner.not_finite()):
+            raise RunError(
+                f"weights are not finite at step {self.progress.step} ({spoiled}): lower lr.lr_per_256 or use "
+                "training.precision=bf16, as a new run; the last checkpoint is from before"
+            )
         if self.rank == 0 and (last or not self.learner.finite.in_a_row.item()):
             if self.guard:
                 self.progress.dollars = self.guard.dollars
@@ -378,6 +421,8 @@ class Session:
         self.progress.next_epoch()
         # not before: the checkpoint that comes before the evaluation counts them too
         self.learner.finite.skipped.zero_()
+        if not math.isfinite(row.get("val_loss", 0.0)):  # the next epoch may mend it, but JSON has no such number
+            self.warn(f"the evaluation's loss is not finite ({row.pop('val_loss')})")
         if self.log:
             row |= self.guard.columns(row) if self.guard else {"dollars": None}
             row |= {"forecast": self._outlook(row)}
@@ -415,6 +460,17 @@ class Session:
 
     # --- The end -----------------------------------------------------------------------------------------------------
 
+    def finite(self, results):
+        """The final figures `results`, {resolution: {view: figures}}. RunError where a loss is not finite."""
+        for px, views in results.items():
+            for figures in views.values():
+                if not math.isfinite(figures["val_loss"]):
+                    raise RunError(
+                        f"the evaluation's loss at {px} px is not finite, although the weights are: the network has "
+                        "diverged; lower lr.lr_per_256 or use training.precision=bf16, as a new run"
+                    )
+        return results
+
     def report(self, results):
         """Say the final figures, {resolution: {view: figures}}."""
         validation = self.cfg.validation
@@ -439,6 +495,27 @@ class Session:
         self.say(f"stopping at step {self.progress.step}: {stop}; {command} goes on from there")
         if self.checkpoints:
             self.checkpoints.finish(interruption.STOP_SECONDS)
+
+
+def _tolerant(say):
+    """`say` for a training, which does not end because stdout is a file on a full disk: its folder has the figures."""
+
+    def attempt(message):
+        try:
+            say(message)
+        except BrokenPipeError:  # whoever read it has left, as `| head` does
+            raise
+        except OSError as error:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            with contextlib.suppress(OSError):
+                print(
+                    f"warning: stdout cannot be written: {error.strerror}; training goes on without it, and its folder "
+                    "has the figures",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    return attempt
 
 
 def _say(message):

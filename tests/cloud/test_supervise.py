@@ -352,6 +352,13 @@ def test_what_the_run_finds_wrong_with_itself_is_mailed_once(supervised):
     assert [subject for subject, _ in told[1:]] == ["rn50 demo: finished"]
 
 
+def test_a_log_with_a_torn_line_does_not_end_the_watch(supervised, capsys):
+    (supervised.folder / "log.jsonl").write_text('{"epoch": 0}\n{"epo\n{"epoch": 2}\n')
+    supervised(STATUS + "time.sleep(0.8); status('finished')", notify=TOPIC)
+    assert [p["Subject"] for o, p in supervised.calls if o == "publish"] == ["rn50 demo: finished"]
+    assert "log.jsonl, line 2: not valid JSON" in capsys.readouterr().out
+
+
 # --- Measured before the first epoch: launch --tune ------------------------------------------------------------------
 
 # In the place of tools/preflight.py: {go} and {status} are its verdict.
