@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import cv2
 import numpy as np
+import simplejpeg
 from fastargs import Config, Param, Section
 from tqdm import tqdm
 
@@ -26,14 +27,15 @@ from rn50.command import run
 from rn50.data import beton
 from rn50.data.encode import encode_all, encode_sample
 from rn50.data.imagenet import check_counts, odd_images
-from rn50.data.sources import open_source, split_classes
+from rn50.data.listing import describe
+from rn50.data.sources import open_source, split_classes, split_of
 from rn50.data.writer import LadderWriter, disk_errors
 from rn50.errors import RunError, UsageError
 
 SETTINGS = Config()
 Section("source", "the images", SETTINGS).params(
     dir=Param(
-        config.text(), "folder of train/ and val/, or of ImageNet's tars, Kaggle or parquet files", required=True
+        config.path(), "folder of train/ and val/, or of ImageNet's tars, Kaggle or parquet files", required=True
     ),
     splits=Param(config.text(), "splits to convert, comma-separated", default="train,val"),
     subset=Param(config.whole(0), "only the first so many of the shuffled images of each split; 0: all", default=0),
@@ -45,7 +47,7 @@ Section("source", "the images", SETTINGS).params(
     skip_corrupt=Param(config.switch(), "leave out and list images that cannot be decoded", default=False),
 )
 Section("out", "the .beton files", SETTINGS).params(
-    dir=Param(config.text(), "folder to write to", required=True),
+    dir=Param(config.path(), "folder to write to", required=True),
     resolutions=Param(
         config.numbers(config.whole(16, 4096)), "maximum side lengths, one file each", default=[256, 400, 500]
     ),
@@ -56,6 +58,7 @@ Section("out", "the .beton files", SETTINGS).params(
 )
 
 PREFLIGHT_IMAGES = 100
+LISTED = 10  # pictures named one by one
 COMMIT_SECONDS = 1.0
 
 
@@ -92,7 +95,8 @@ def plan(cfg, split):
     if not manifests:
         return None
     if source.ignored:
-        print(f"{split}: ignoring {source.ignored} entries that are not images")
+        count = sum(source.ignored.values())
+        print(f"{split}: ignoring {count} entries that are no images of a class: {describe(source.ignored)}")
     odd = odd_images(source)
     if odd:
         listed = ", ".join(f"{sample_id} ({kind})" for sample_id, kind in odd)
@@ -146,7 +150,7 @@ def measure(job):
             reading = time.perf_counter()
             job.source.read(int(i))
             staging_seconds += time.perf_counter() - reading
-        _, _, pictures = encode_sample(job.source, int(i), list(job.paths), job.encoding)
+        _, _, pictures, _ = encode_sample(job.source, int(i), list(job.paths), job.encoding)
         if not isinstance(pictures, str):
             encoded.append([len(data) for _, _, _, data in pictures])
     seconds = (time.perf_counter() - started - staging_seconds) / count
@@ -169,7 +173,7 @@ def convert(job, *, workers, skip_corrupt):
         os.makedirs(folder, exist_ok=True)
         job.source.stage(job.staging, partial(print, f"{job.split}:", flush=True))
     fingerprint = [[m["settings"] | {"max_side": 0}, m["source"]] for m in job.manifests.values()][0]
-    fingerprint.append(f"OpenCV {cv2.__version__}")
+    fingerprint.append(f"OpenCV {cv2.__version__}, simplejpeg {simplejpeg.__version__}")
     ladder = LadderWriter(paths=job.paths, journal=job.journal, capacity=len(job.order), fingerprint=fingerprint)
     try:
         if ladder.started_over:
@@ -177,18 +181,20 @@ def convert(job, *, workers, skip_corrupt):
         elif ladder.done:
             print(f"{job.split}: continuing after {ladder.done} images", flush=True)
         if ladder.skipped and not skip_corrupt:
-            _refuse_corrupt(os.path.join(job.source.folder, ladder.skipped[0]["id"]), ladder.skipped[0]["reason"])
+            _refuse_corrupt(job.source.place(ladder.skipped[0]["id"]), ladder.skipped[0]["reason"])
         committed = time.monotonic()
         rest = job.order[ladder.done :]
         with closing(encode_all(job, rest, workers)) as samples:
-            for sample_id, label, pictures in show_progress(samples, job.split, ladder.done, len(job.order)):
+            for sample_id, label, pictures, remark in show_progress(samples, job.split, ladder.done, len(job.order)):
                 if not isinstance(pictures, str):
                     ladder.add(label=label, pictures=dict(zip(job.paths, pictures, strict=True)))
+                    if remark:
+                        ladder.note(sample_id=sample_id, remark=remark)
                 elif skip_corrupt:
                     ladder.skip(sample_id=sample_id, reason=pictures)
                 else:
                     ladder.commit()
-                    _refuse_corrupt(os.path.join(job.source.folder, sample_id), pictures)
+                    _refuse_corrupt(job.source.place(sample_id), pictures)
                 if time.monotonic() - committed > COMMIT_SECONDS:
                     ladder.commit()
                     committed = time.monotonic()
@@ -203,6 +209,10 @@ def convert(job, *, workers, skip_corrupt):
         print(f"wrote {path} ({_bytes(os.path.getsize(path))}, {len(ladder.labels)} images)", flush=True)
     for entry in ladder.skipped:
         print(f"skipped {entry['id']}: {entry['reason']}", flush=True)
+    for entry in ladder.odd[:LISTED]:
+        print(f"taken all the same: {entry['id']} {entry['remark']}", flush=True)
+    if len(ladder.odd) > LISTED:
+        print(f"and {len(ladder.odd) - LISTED} more, listed in the manifests", flush=True)
 
 
 def show_progress(samples, split, done, total):
@@ -225,8 +235,16 @@ def show_progress(samples, split, done, total):
 
 def _splits(cfg):
     splits = [split.strip() for split in cfg.source.splits.split(",")]
-    if not all(splits) or len(set(splits)) < len(splits) or any(os.sep in split for split in splits):
+    if (
+        not all(splits)
+        or len(set(splits)) < len(splits)
+        or any(os.sep in split or split in (".", "..") for split in splits)
+    ):
         raise UsageError(f"source.splits must be different folder names, comma-separated, not {cfg.source.splits!r}")
+    for split in splits:
+        if split_of(split) not in (None, split):
+            raise UsageError(f"source.splits={cfg.source.splits}: say {split_of(split)}, which finds {split}/ too; "
+                             "training looks for that name")  # fmt: skip
     return splits
 
 
@@ -245,9 +263,10 @@ def _same_classes(root, split, source):
             continue
         ours = {c["wnid"] for c in source.classes}
         if theirs != ours:
-            name = sorted(theirs ^ ours)[0]
+            name, *others = sorted(theirs ^ ours)
             here, there = (split, other) if name in ours else (other, split)
-            raise RunError(f"class {name} is in {here} but not in {there} of {root}; the labels would not agree")
+            more = f" ({len(others)} more classes differ)" if others else ""
+            raise RunError(f"class {name} is in {here} but not in {there} of {root}{more}; the labels would not agree")
 
 
 def _already_written(path, manifest, journal):

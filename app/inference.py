@@ -3,13 +3,10 @@
 Every number of the preprocessing is read from the model's config.json. Nothing is written to disk.
 """
 
-import io
 import json
 import os
-import re
 import threading
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +15,8 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 import numpy as np
 import onnxruntime
-from PIL import GifImagePlugin, Image, ImageOps, JpegImagePlugin
+import pictures
+from PIL import GifImagePlugin, Image
 
 FORMAT = 1
 # What browsers and phones produce. Other parsers of Pillow's are not offered to strangers: a TIFF of 1 MB can have it
@@ -29,7 +27,6 @@ MAX_PIXELS = 40_000_000
 MAX_BYTES = 20_000_000
 # Each scan of a JPEG goes over all of its pixels again, and may take 20 bytes. Programs write 10.
 MAX_SCANS = 100
-SCAN = re.compile(rb"\xff\xda\x00(?:\x08\x01|\x0a\x02|\x0c\x03|\x0e\x04)")
 # Of EXIF data in bytes, which is what a JPEG holds of it, and of what comes before a GIF's first picture in blocks.
 MAX_EXIF, MAX_GIF_BLOCKS = 65_536, 4000
 SHOWN = 448
@@ -66,40 +63,16 @@ class Prediction:
 
 
 def decode_image(data):
-    """Encoded bytes -> upright RGB picture. UnreadableImage says what is wrong with them.
-
-    Of an animation the first frame, 16 bits scaled to 8, transparency on white. A JPEG of more than MAX_PIXELS is
-    decoded at an eighth, a quarter or half of its size; other formats of that size are refused before decoding.
-    """
-    if not data:
-        raise UnreadableImage("The file is empty.")
+    """Encoded bytes -> upright RGB picture, as pictures.py reads them. UnreadableImage says what is wrong with them."""
     if len(data) > MAX_BYTES:
         raise UnreadableImage(f"The file is larger than {MAX_BYTES // 1_000_000} MB.")
+    if data[:2] == pictures.START and len(pictures.SCANS.findall(data)) > MAX_SCANS:
+        raise UnreadableImage("The picture is damaged: it is in too many parts.")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            picture = _open(data)
-            _bound(picture, data)
-            picture.load()
-            picture = _upright(picture)  # and not both in memory
-            return _to_rgb(picture)
-    except UnreadableImage:
-        raise
-    except MemoryError:
-        raise UnreadableImage("The picture is too large.") from None
-    except Exception as error:  # Pillow's plugins raise whatever their parsers run into
-        truncated = "truncated" in str(error).lower()
-        raise UnreadableImage(
-            "The picture is cut off: part of the file is missing." if truncated else "The picture is damaged."
-        ) from None
-
-
-def _open(data):
-    try:
-        return Image.open(io.BytesIO(data), formats=FORMATS)
-    except Exception:  # UnidentifiedImageError, and whatever the parsers of damaged headers raise
-        known = "JPEG, PNG, WebP, GIF, BMP, AVIF"
-        raise UnreadableImage(f"This is not a picture in a format known here ({known}).") from None
+        return Image.fromarray(pictures.decode_image(data, formats=FORMATS, max_pixels=MAX_PIXELS))
+    except ValueError as error:
+        reason = str(error)
+        raise UnreadableImage(f"{reason[0].upper()}{reason[1:]}.") from None
 
 
 def _bound_parsers():
@@ -123,45 +96,6 @@ def _bound_parsers():
 
 
 _bound_parsers()
-
-
-def _bound(picture, data):
-    if isinstance(picture, JpegImagePlugin.JpegImageFile) and len(SCAN.findall(data)) > MAX_SCANS:
-        raise UnreadableImage("The picture is damaged: it is in too many parts.")
-    pixels = picture.width * picture.height
-    if pixels <= MAX_PIXELS:
-        return
-    # a progressive JPEG keeps all its coefficients in memory, at whatever size it is decoded
-    if picture.format in ("JPEG", "MPO") and not picture.info.get("progressive") and pixels <= 64 * MAX_PIXELS:
-        scale = next(scale for scale in (2, 4, 8) if pixels <= scale * scale * MAX_PIXELS)
-        picture.draft(None, (picture.width // scale, picture.height // scale))
-    if picture.width * picture.height > MAX_PIXELS:
-        raise UnreadableImage(
-            f"The picture has {pixels / 1e6:.0f} megapixels; at most {MAX_PIXELS / 1e6:.0f} are taken here."
-        )
-
-
-def _upright(picture):
-    try:
-        return ImageOps.exif_transpose(picture)
-    except Exception:  # damaged EXIF data is common and says nothing about the pixels
-        return picture
-
-
-def _to_rgb(picture):
-    if picture.mode.startswith("I"):
-        # Pillow clips 16 bits at 255, which turns most of a 16-bit picture white
-        gray = np.asarray(picture)
-        gray = (gray if gray.dtype.itemsize == 2 else gray.clip(0, 65535)) >> 8
-        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        opacity = picture.getchannel("A")
-        picture = picture.convert("RGB")
-        white = Image.new("RGB", picture.size, "white")
-        white.paste(picture, mask=opacity)
-        return white
-    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def resize_and_crop(picture, *, resolution, crop_ratio):

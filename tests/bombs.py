@@ -17,11 +17,11 @@ def _chunk(name, content):
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-def png(side, *, bits=1, colour=0, channels=1):
-    """A black PNG of side x side pixels. colour: 0 gray, 6 RGBA (of 4 channels)."""
+def png(side, *, bits=1, colour=0, channels=1, claimed=None):
+    """A black PNG of side x side pixels. colour: 0 gray, 6 RGBA (of 4 channels). claimed: the side in its header."""
     compressor, row = zlib.compressobj(1), bytes(1 + (side * bits * channels + 7) // 8)
     packed = b"".join(compressor.compress(row) for _ in range(side)) + compressor.flush()
-    header = struct.pack(">IIBBBBB", side, side, bits, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", claimed or side, claimed or side, bits, colour, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         _chunk(*part) for part in ((b"IHDR", header), (b"IDAT", packed), (b"IEND", b""))
     )

@@ -36,7 +36,7 @@ def test_the_contracts_hold():
         ("planning/costs.py", "from rn50.data import order", "The ground floor"),
         ("unheard_of.py", "", "The ground floor"),
         ("cloud/store.py", "def late():\n    import torch", "no torch"),
-        ("data/jpeg.py", "def late():\n    from rn50.data import sources", "No import circle"),
+        ("data/pictures.py", "def late():\n    from rn50.data import sources", "No import circle"),
     ],
 )
 def test_a_breach_is_named(tmp_path, module, line, broken):

@@ -49,7 +49,7 @@ def test_unreadable_pictures_are_named_and_the_others_answered(monkeypatch, caps
     printed = capsys.readouterr()
     assert known[0][1] in printed.out
     errors = printed.err.splitlines()
-    assert errors[0].startswith(f"error: {tmp_path}/text.jpg: This is not a picture")
+    assert errors[0].startswith(f"error: {tmp_path}/text.jpg: The file is text, not a picture")
     assert errors[1] == f"error: {tmp_path}/none.jpg: No such file or directory"
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 import write_dataset
 from rn50.data import beton, encode
-from rn50.data.jpeg import decode_image
+from rn50.data.pictures import decode_image
 from rn50.data.verify import verify
 from rn50.errors import RunError
 from tests.conftest import ROOT
@@ -272,20 +272,28 @@ def test_a_corrupt_image_stops_the_run_and_can_be_left_out_without_starting_over
     shutil.copytree(tree, broken)
     bad = broken / "train" / "zebra" / "29.JPEG"
     bad.write_bytes(bad.read_bytes()[:-300])
+    unended = [broken / "train" / CLASSES[k % 3] / f"{k}.JPEG" for k in range(12)]
+    for path in unended:
+        path.write_bytes(path.read_bytes()[:-2])
     flags = ("--out.resolutions=64", "--source.splits=train")
     stopped = convert(broken, out, *flags, "--out.workers=2", status=1)
-    assert f"cannot decode {bad}: Premature end of JPEG file" in stopped.stderr
+    cut_off = "the picture is cut off: part of the file is missing"
+    assert f"cannot decode {bad}: {cut_off}" in stopped.stderr
     assert "skip_corrupt" in stopped.stderr
     assert stopped.stderr.count("\n") == 1
     assert not list(out.glob("*.json"))
     assert convert(broken, out, *flags, status=1).stderr == stopped.stderr
     finished = convert(broken, out, *flags, "--out.workers=1", "--source.skip_corrupt=true")
     assert re.search(r"continuing after \d+ images", finished.stdout)
-    assert finished.stdout.splitlines()[-1] == "skipped zebra/29.JPEG: Premature end of JPEG file"
+    skipped, *taken, more = finished.stdout.splitlines()[-12:]
+    assert skipped == f"skipped zebra/29.JPEG: {cut_off}"
+    assert all(re.fullmatch(r"taken all the same: \w+/\d+.JPEG has no end-of-image marker; .*", line) for line in taken)
+    assert more == "and 2 more, listed in the manifests"
     info, problems = verify(out / "train_64.beton")
     assert problems == []
     assert info.num_samples == 59
-    assert info.manifest["skipped"] == [{"id": "zebra/29.JPEG", "reason": "Premature end of JPEG file"}]
+    assert info.manifest["skipped"] == [{"id": "zebra/29.JPEG", "reason": cut_off}]
+    assert {entry["id"] for entry in info.manifest["odd"]} == {f"{path.parent.name}/{path.name}" for path in unended}
     assert info.manifest["class_counts"] == [20, 20, 19]
     convert(broken, tmp_path / "at once", *flags, "--out.workers=3", "--source.skip_corrupt=true")
     assert contents(tmp_path / "at once") == contents(out)
@@ -418,7 +426,7 @@ def test_a_slow_image_does_not_let_the_rest_pile_up_in_memory(tmp_path, monkeypa
     assert next(samples)[0] == "a/0.jpg"
     # The slow chunk, one received beyond the limit, one finished but not taken, and one begun by the freed worker.
     assert len(log.read_text().splitlines()) <= 4 * chunk
-    rest = [sample_id for sample_id, _, _ in samples]
+    rest = [sample_id for sample_id, *_ in samples]
     assert rest == [f"a/{k}.jpg" for k in range(1, 12 * chunk)]
 
 

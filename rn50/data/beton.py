@@ -7,6 +7,7 @@ pages of image data, allocation table. A sample never crosses a page. writer.py 
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,7 +34,10 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 SAMPLE = np.dtype([("", IMAGE), ("", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 FIELD_TYPES = {"image": 2, "label": 1}  # FFCV's ids of RGBImageField and IntField
+TYPE_NAMES = ("FloatField", "IntField", "RGBImageField", "BytesField", "NDArrayField", "JSONField", "TorchTensorField")
 METADATA_START = HEADER.itemsize + len(FIELD_TYPES) * FIELD.itemsize
+# Training finds its files by these names.
+FILE_NAME = re.compile(r"(train|val)_(\d+)\.beton")
 
 
 @dataclass
@@ -77,16 +81,17 @@ def read_info(path):
         size = os.path.getsize(path)
         with open(path, "rb") as handle:
             start = handle.read(METADATA_START)
-            header = _read_header(path, size, start)
+            header, fields = _read_header(path, size, start)
             count, table_ptr = int(header["num_samples"]), int(header["alloc_table_ptr"])
-            samples = np.fromfile(handle, SAMPLE, count)
+            kinds = {"image": IMAGE, "label": "<i8"}
+            samples = np.fromfile(handle, np.dtype([(name, kinds[name]) for name in fields], align=True), count)
             handle.seek(table_ptr)
             table = np.fromfile(handle, ALLOCATION, count)
     except FileNotFoundError:
         raise RunError(f"{path} does not exist; make it with write_dataset.py") from None
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
-    image, labels = samples["f0"], samples["f1"]
+    image, labels = samples["image"], samples["label"]
     ptrs = image["data_ptr"].copy()
     table = table[np.argsort(table["ptr"], kind="stable")]  # stock FFCV's workers add to it in any order
     found = np.searchsorted(table["ptr"], ptrs).clip(max=count - 1)
@@ -113,6 +118,7 @@ def read_info(path):
 
 
 def _read_header(path, size, start):
+    """(header, names of the fields in the file's order)."""
     _require(path, size >= METADATA_START, f"it is {size} bytes long, too short for a .beton file")
     header = np.frombuffer(start, HEADER, 1)[0]
     count, table_ptr = int(header["num_samples"]), int(header["alloc_table_ptr"])
@@ -121,17 +127,33 @@ def _read_header(path, size, start):
     _require(path, count > 0, "it holds no samples")
     page = int(header["page_size"])
     _require(path, page >= 1 << 21 and page & (page - 1) == 0, f"its page size of {page} bytes is impossible")
-    _require(path, header["num_fields"] == len(FIELD_TYPES), f"it has {header['num_fields']} fields, not two")
-    fields = np.frombuffer(start, FIELD, len(FIELD_TYPES), offset=HEADER.itemsize)
-    for field, (name, type_id) in zip(fields, FIELD_TYPES.items(), strict=True):
-        actual = field["name"].tobytes().split(b"\0")[0].decode("ascii", "replace")
-        ok = actual == name and field["type_id"] == type_id
-        _require(path, ok, f"its field {actual!r} of type {field['type_id']} should be {name!r} of type {type_id}")
+    fields = _read_fields(path, header["num_fields"], start)
     expected = table_ptr + count * ALLOCATION.itemsize
     _require(path, size >= expected, f"it is truncated: {size} bytes of {expected}")
     _require(path, size == expected, f"it is {size} bytes long, {size - expected} more than its header says")
     _require(path, METADATA_START + count * SAMPLE.itemsize <= table_ptr, "its metadata and allocation table overlap")
-    return header
+    return header, fields
+
+
+def _read_fields(path, count, start):
+    """Names of the fields in the file's order; RunError where they are not image and label, in any order."""
+    described = np.frombuffer(start, FIELD, min(int(count), len(FIELD_TYPES)), offset=HEADER.itemsize)
+    fields = {}
+    for field in described:
+        fields[field["name"].tobytes().split(b"\0")[0].decode("ascii", "replace")] = int(field["type_id"])
+    if fields != FIELD_TYPES or count != len(FIELD_TYPES):
+        more = f" and {count - len(described)} more" if count > len(described) else ""
+        raise RunError(
+            f"{path} cannot be used: its fields are {_spell(fields)}{more}, and should be {_spell(FIELD_TYPES)} alone; "
+            "write it with these fields, or copy it again where it has them"
+        )
+    return list(fields)
+
+
+def _spell(fields):
+    """`{name: FFCV's id of its type}` for a person."""
+    types = dict(enumerate(TYPE_NAMES))
+    return ", ".join(f"{name} ({types.get(number, f'type {number}')})" for name, number in fields.items()) or "none"
 
 
 def _check_samples(info):
@@ -154,6 +176,61 @@ def _check_samples(info):
     _require(info.path, size == info.bytes, f"it has {info.bytes} bytes, its manifest says {size}")
     _require(info.path, count == info.num_samples, f"it has {info.num_samples} samples, its manifest says {count}")
     every(info.labels < classes, f"has a label beyond the manifest's {classes} classes")
+    _check_name(info.path, info.manifest)
+
+
+def _check_name(path, manifest):
+    """RunError where a file has the name of another split or rung than its manifest says."""
+    named = FILE_NAME.fullmatch(os.path.basename(path))
+    split, side = manifest.get("split"), manifest["settings"]["max_side"]
+    if named and split is not None and (named[1], int(named[2])) != (split, side):
+        raise RunError(
+            f"{path} holds images of {split} of at most {side} pixels, as its manifest says, not what its name "
+            f"says: put the right file there, or name it {split}_{side}.beton and its manifest {split}_{side}.json"
+        )
+
+
+def refuse_mixed(infos):
+    """RunError where files of one split, its rungs, hold other classes or numbers of images than the first of them."""
+    first, *others = infos
+    for info in others:
+        if info.num_samples != first.num_samples:
+            problem = f"{info.num_samples} images and the other {first.num_samples}"
+        elif info.classes and first.classes and _wnids(info.classes) != _wnids(first.classes):
+            problem = "other classes"
+        elif not np.array_equal(np.sort(info.labels), np.sort(first.labels)):
+            problem = "other numbers of images in its classes"
+        else:
+            continue
+        raise RunError(
+            f"{info.path} and {first.path} are not of the same images: the first has {problem}; write all sizes of a "
+            "split with one command, from one source"
+        )
+
+
+def check_other_split(info):
+    """RunError where a file of the other split beside `info` is misnamed or has other classes, by its manifest."""
+    folder, name = os.path.split(info.path)
+    mine = FILE_NAME.fullmatch(name)
+    for other in sorted(os.listdir(folder or ".")) if mine else ():
+        theirs, path = FILE_NAME.fullmatch(other), os.path.join(folder, other)
+        manifest = read_manifest(path) if theirs and theirs[1] != mine[1] else None
+        if manifest is None:
+            continue
+        try:
+            classes = _wnids(manifest["classes"])
+            _check_name(path, manifest)
+        except (KeyError, TypeError):
+            raise RunError(f"{manifest_path(path)} is not the manifest of a .beton file; write it again") from None
+        if info.classes and classes != _wnids(info.classes):
+            raise RunError(
+                f"{info.path} and {path} have different classes, as their manifests say; convert train and val from "
+                "one source"
+            )
+
+
+def _wnids(classes):
+    return [names["wnid"] for names in classes]
 
 
 def _require(path, ok, problem):

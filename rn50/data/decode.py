@@ -10,7 +10,7 @@ import numpy as np
 
 from rn50.data import native
 from rn50.data.beton import RAW
-from rn50.data.jpeg import decode_jpeg
+from rn50.data.pictures import decode_stored
 from rn50.data.stock import AllocationQuery, IntDecoder, SimpleRGBImageDecoder
 from rn50.errors import RunError
 from rn50.seeded import CROPS, uniforms
@@ -104,9 +104,8 @@ class _CropDecoder(SimpleRGBImageDecoder):
             if status == native.CORRUPT:
                 raise ValueError("its entropy-coded data does not fit its table")
             start = int(info.data_ptrs[sample])
-            rgb = decode_jpeg(self._file[start : start + int(info.sizes[sample])].tobytes(), strict=True)
-            if rgb is None or rgb.shape != (info.heights[sample], info.widths[sample], 3):
-                raise ValueError("it is not the picture that the file's metadata describes")
+            data = self._file[start : start + int(info.sizes[sample])].tobytes()
+            rgb = decode_stored(data, int(info.heights[sample]), int(info.widths[sample]))
         except ValueError as error:
             raise RunError(
                 f"sample {sample} (label {info.labels[sample]}) is corrupt: {error}; "

@@ -9,8 +9,8 @@ from multiprocessing.connection import wait
 import cv2
 
 from rn50.data.beton import JPG, RAW
-from rn50.data.jpeg import decode_image
 from rn50.data.native import index_jpeg
+from rn50.data.pictures import decode_image, lacks_end
 from rn50.errors import RunError
 
 CHUNK = 16  # images a worker takes at a time
@@ -49,11 +49,19 @@ def shrink_image(rgb, max_side):
     return cv2.resize(rgb, size, interpolation=cv2.INTER_AREA)
 
 
+NO_END = "has no end-of-image marker; every pixel is there"
+
+
 def encode_sample(source, i, rungs, encoding):
-    """(id, label, pictures): one (mode, width, height, bytes) for each rung, or the text of what is wrong with it."""
+    """(id, label, pictures, remark) of sample `i`.
+
+    pictures: one (mode, width, height, bytes) for each rung, or the text of what is wrong with it. remark: what is odd
+    about one that could be used all the same, or None.
+    """
     sample_id, label = source.item(i)
     try:
-        rgb = decode_image(source.read(i))
+        encoded = source.read(i)
+        rgb = decode_image(encoded)
         raw = stored_raw(sample_id, encoding["seed"], encoding["raw_share"])
         pictures = []
         for rung in rungs:
@@ -61,9 +69,9 @@ def encode_sample(source, i, rungs, encoding):
             height, width = picture.shape[:2]
             data = picture.tobytes() if raw else encode_image(picture, encoding["quality"])
             pictures.append((RAW if raw else JPG, width, height, data))
-        return sample_id, label, pictures
+        return sample_id, label, pictures, NO_END if lacks_end(encoded) else None
     except (ValueError, OSError) as error:
-        return sample_id, label, str(error)
+        return sample_id, label, str(error), None
 
 
 def stored_raw(sample_id, seed, share):
@@ -145,12 +153,11 @@ def _work(connection, source, rungs, encoding):
         while True:
             head, blobs = [], []
             for i in connection.recv():
-                sample_id, label, pictures = encode_sample(source, i, rungs, encoding)
-                if isinstance(pictures, str):
-                    head.append((sample_id, label, pictures))
-                else:
-                    head.append((sample_id, label, [(*rest, len(data)) for *rest, data in pictures]))
+                sample_id, label, pictures, remark = encode_sample(source, i, rungs, encoding)
+                if not isinstance(pictures, str):
                     blobs += [data for *_, data in pictures]
+                    pictures = [(*rest, len(data)) for *rest, data in pictures]
+                head.append((sample_id, label, pictures, remark))
             connection.send(head)
             connection.send_bytes(b"".join(blobs))
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -159,13 +166,13 @@ def _work(connection, source, rungs, encoding):
 
 def _unpack(head, data):
     view, start = memoryview(data), 0
-    for sample_id, label, pictures in head:
+    for sample_id, label, pictures, remark in head:
         if not isinstance(pictures, str):
             sized, pictures = pictures, []
             for mode, width, height, size in sized:
                 pictures.append((mode, width, height, view[start : start + size]))
                 start += size
-        yield sample_id, label, pictures
+        yield sample_id, label, pictures, remark
 
 
 def _exchange(processes, connection, action, *arguments):

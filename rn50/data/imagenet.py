@@ -4,7 +4,7 @@ import hashlib
 import os
 import re
 
-from rn50.data.jpeg import decode_jpeg
+from rn50.data.pictures import is_cmyk
 from rn50.errors import RunError
 
 CLASSES, COUNTS = 1000, {"train": 1_281_167, "val": 50_000}
@@ -13,6 +13,8 @@ NEARLY_ALL = 900
 # Of ImageNet-1k's 1,000 wnids in label order, joined by zero bytes; they are in timm's imagenet_synsets.txt.
 IMAGENET_WNIDS_SHA256 = "9be65c467f39ace6da5b8f775034751d1328f56d229db113bb5b30c39f054d19"
 WNID = re.compile(r"n\d{8}")
+# The names of validation images that lie in no folder of their class.
+UNSORTED = re.compile(r"ILSVRC2012_val_\d{8}\.\w+")
 DEVKIT = "ILSVRC2012_devkit_t12"
 KAGGLE = os.path.join("ILSVRC", "Data", "CLS-LOC")
 # Not what their extension says, or not RGB: github.com/cytsai/ilsvrc-cmyk-image-list, the notes of
@@ -100,10 +102,12 @@ def odd_images(source):
 def _odd_kind(data):
     if data.startswith(b"\x89PNG"):
         return "PNG"
-    try:
-        return "CMYK" if data.startswith(b"\xff\xd8") and decode_jpeg(data) is None else None
-    except ValueError:
-        return None
+    return "CMYK" if is_cmyk(data) else None
+
+
+def is_inner_tar_name(name):
+    """Whether a file of this name may hold the images of one class, as ILSVRC2012_img_train.tar has 1,000."""
+    return name.endswith(".tar") and bool(WNID.fullmatch(name.removesuffix(".tar")))
 
 
 def tar_path(root, split):

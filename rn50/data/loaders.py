@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from rn50 import schedules
-from rn50.data.beton import read_info
+from rn50.data.beton import check_other_split, read_info, refuse_mixed
 from rn50.data.decode import CenterCropDecoder, LabelDecoder, RandomCropDecoder
 from rn50.data.order import page_aware_order, random_order
 from rn50.data.stock import (
@@ -48,7 +48,8 @@ STOP_PATIENCE = 10.0
 def find_rungs(folder, split):
     """{max side length in pixels: BetonInfo} of the files folder/{split}_{side}.beton, smallest side first.
 
-    Raises RunError when there is none or one is damaged.
+    Raises RunError when there is none, one is damaged, or they are not of one set of images and the classes of the
+    other split.
     """
     paths = {
         int(path.stem.removeprefix(f"{split}_")): path
@@ -57,7 +58,10 @@ def find_rungs(folder, split):
     }
     if not paths:
         raise RunError(f"no {split}_SIZE.beton in {folder}; write_dataset.py makes them")
-    return {side: read_info(paths[side]) for side in sorted(paths)}
+    rungs = {side: read_info(paths[side]) for side in sorted(paths)}
+    refuse_mixed(list(rungs.values()))
+    check_other_split(rungs[max(rungs)])
+    return rungs
 
 
 def training_rung(rungs, resolution, rung):
@@ -99,17 +103,31 @@ def choose_order(info, order):
     if order == "page" and stored_by_class(info):
         raise RunError(
             f"{info.path} holds its images class by class, as stock FFCV writes them: read page by page, a batch would "
-            "see a few classes only. Write it with write_dataset.py, which shuffles; or, where the memory holds "
+            "see few classes. Write it with write_dataset.py, which shuffles; or, where the memory holds "
             f"{info.bytes / 1e9:.0f} GB, data.order=random"
         )
     return order
 
 
 def stored_by_class(info):
-    """Whether most images of a file lie beside one of their own class, where few would in a random order."""
+    """Whether a window of pages sees few classes, or most images lie beside one of their own class.
+
+    A window may have half as many pairs of one class more than a window of random images has.
+    """
+    if len(info.labels) < 2:
+        return False
     labels = info.labels[np.argsort(info.data_ptrs, kind="stable")]
     by_chance = np.square(np.bincount(labels) / len(labels)).sum()
-    return bool(len(labels) > 1 and by_chance < 1 and (labels[1:] == labels[:-1]).mean() > (1 + by_chance) / 2)
+    beside = (labels[1:] == labels[:-1]).mean() > (1 + by_chance) / 2
+    return bool(by_chance < 1 and (beside or _pairs_in_a_page(info) - by_chance > PAGES_IN_WINDOW * by_chance / 2))
+
+
+def _pairs_in_a_page(info):
+    """The share, among all pairs of images of one page, of those that are of one class."""
+    pages = (info.data_ptrs // info.page_size).astype(np.int64)
+    _, alike = np.unique(pages * (info.labels.max() + 1) + info.labels, return_counts=True)
+    _, held = np.unique(pages, return_counts=True)
+    return (alike * (alike - 1)).sum() / max(1, (held * (held - 1)).sum())
 
 
 def epoch_order(info, order, *, seed, epoch):

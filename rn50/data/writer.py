@@ -39,7 +39,7 @@ class LadderWriter:
     def __init__(self, *, paths, journal, capacity, fingerprint):
         self.paths = {rung: str(path) for rung, path in paths.items()}
         self.capacity, self.journal_path = capacity, str(journal)
-        self.labels, self.skipped, self.done, self.started_over = [], [], 0, None
+        self.labels, self.skipped, self.odd, self.done, self.started_over = [], [], [], 0, None
         self._uncommitted = []
         names = [os.path.basename(path) for path in self.paths.values()]
         self._header = {"fingerprint": fingerprint, "capacity": capacity, "files": names}
@@ -75,6 +75,11 @@ class LadderWriter:
         self._uncommitted.append(self.skipped[-1])
         self.done += 1
 
+    def note(self, *, sample_id, remark):
+        """Something odd about the sample added last; it will be listed in the manifest."""
+        self.odd.append({"id": sample_id, "remark": remark})
+        self._uncommitted.append(self.odd[-1])
+
     def commit(self):
         """Everything added so far survives a crash. The data is synced before the journal names it."""
         if not self._uncommitted:
@@ -102,7 +107,8 @@ class LadderWriter:
                 file.complete(labels)
                 checksum = sha256(file.path)
             summary = file.summary(labels, len(manifests[rung]["classes"]))
-            manifest = {"format": MANIFEST_FORMAT, **manifests[rung], **summary, "skipped": self.skipped}
+            listed = {"skipped": self.skipped, "odd": self.odd}
+            manifest = {"format": MANIFEST_FORMAT, **manifests[rung], **summary, **listed}
             manifest["beton"] = {"bytes": os.path.getsize(file.path), "sha256": checksum}
             self._publish(file, self.paths[rung], manifest)
         os.remove(self.journal_path)
@@ -148,15 +154,16 @@ class LadderWriter:
         """Take up what the journal says is written; returns the reason where that is impossible, else None."""
         names = self._header["files"]
         if any(earlier[key] != self._header[key] for key in ("fingerprint", "capacity")):
-            return "the settings, the source or the OpenCV version differ from the interrupted conversion"
+            return "the settings, the source or a library's version differ from the interrupted conversion"
         if not set(names) <= set(earlier["files"]):
             return "the interrupted conversion had other out.resolutions"
         columns = [1 + 4 * earlier["files"].index(name) for name in names]
         for record in (record for line in lines for record in json.loads(line)):
-            self.done += 1
             if isinstance(record, dict):
-                self.skipped.append(record)
+                (self.odd if "remark" in record else self.skipped).append(record)
+                self.done += "remark" not in record
                 continue
+            self.done += 1
             self.labels.append(record[0])
             for column, file in zip(columns, self._files.values(), strict=True):
                 file.place(*record[column : column + 4])
@@ -173,7 +180,7 @@ class LadderWriter:
             leftover = os.path.join(folder, name + ".partial")
             if os.path.exists(leftover):
                 os.remove(leftover)
-        self.labels, self.skipped, self.done = [], [], 0
+        self.labels, self.skipped, self.odd, self.done = [], [], [], 0
         self._files = {rung: _PartialBeton(path, self.capacity) for rung, path in self.paths.items()}
         self._journal.truncate(0)
         _write_all(self._journal, json.dumps(self._header).encode() + b"\n")

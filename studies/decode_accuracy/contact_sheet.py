@@ -14,7 +14,7 @@ from PIL import Image
 from rn50.command import run
 from rn50.data import beton, writer
 from rn50.data.decode import RandomCropDecoder
-from rn50.data.jpeg import decode_jpeg
+from rn50.data.pictures import decode_image
 from rn50.errors import RunError
 
 COLUMNS = 4
@@ -54,7 +54,7 @@ def main():
 
 def reference(jpeg, crop, size):
     """Full decode, cropped, resized by Pillow from the crop's own pixels, mirrored: uint8 [size, size, 3]."""
-    picture = Image.fromarray(decode_jpeg(jpeg, strict=True))
+    picture = Image.fromarray(decode_image(jpeg))
     box = tuple(int(crop[name]) for name in ("x0", "y0", "x1", "y1"))
     resized = np.asarray(picture.crop(box).resize((size, size), Image.Resampling.BILINEAR))
     return resized[:, ::-1] if crop["flip"] else resized

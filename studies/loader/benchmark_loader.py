@@ -30,8 +30,8 @@ import torch
 
 from rn50.command import run
 from rn50.data import beton, decode, encode, loaders, native, writer
-from rn50.data.jpeg import decode_image
 from rn50.data.listing import EXTENSIONS
+from rn50.data.pictures import decode_image
 from rn50.errors import RunError
 from rn50.machine import cores
 

@@ -89,6 +89,16 @@ def main(constant, varied, stock, out):
             "label": fields.IntField()}
     pairs = [(image, k % 5) for k, image in enumerate(images)]
     writer.DatasetWriter(stock, made, num_workers=2).from_indexed_dataset(pairs, chunksize=3)
+    image, label = made["image"], made["label"]
+    for name, other in (
+        ("turned", {"label": label, "image": image}),
+        ("names", {"img": image, "target": label}),
+        ("types", {"image": image, "label": fields.FloatField()}),
+        ("more", {"image": image, "label": label, "index": label}),
+    ):
+        rows = [tuple(pair[0] if field is image else pair[1] for field in other.values()) for pair in pairs]
+        path = stock.replace("stock.beton", f"{name}.beton")
+        writer.DatasetWriter(path, other, num_workers=1).from_indexed_dataset(rows)
     results = {}
     for cache in (True, False):
         loader = Loader(constant, batch_size=7, num_workers=1, order=OrderOption.SEQUENTIAL, os_cache=cache,
@@ -171,6 +181,22 @@ def test_files_of_stock_ffcv_are_accepted(stock):
     content = path.read_bytes()
     assert len(raw) > 0
     assert all(content[int(info.data_ptrs[k])] == k for k in raw)
+
+
+def test_fields_of_stock_ffcv_may_have_any_order_and_no_other_names(stock):
+    info, problems = verify(stock[0] / "turned.beton")
+    expected = beton.read_info(stock[0] / "stock.beton")
+    assert problems == []
+    assert info.labels.tolist() == expected.labels.tolist()
+    assert (info.widths.tolist(), info.heights.tolist()) == (expected.widths.tolist(), expected.heights.tolist())
+    for name, found in (
+        ("names", r"img \(RGBImageField\), target \(IntField\)"),
+        ("types", r"image \(RGBImageField\), label \(FloatField\)"),
+        ("more", r"image \(RGBImageField\), label \(IntField\) and 1 more"),
+    ):
+        expected = r"image \(RGBImageField\), label \(IntField\) alone; write it with these fields"
+        with pytest.raises(RunError, match=f"{name}.beton cannot be used: its fields are {found}, .* {expected}"):
+            beton.read_info(stock[0] / f"{name}.beton")
 
 
 def test_the_manifest_says_what_is_in_the_file(finished):
@@ -380,8 +406,11 @@ STRUCTURE = {
     "absurd samples": (lambda p: put(p, 8, 1 << 60, "<u8"), "truncated"),
     "page size": (lambda p: put(p, 4, 12345, "<u4"), "page size"),
     "fields": (lambda p: put(p, 2, 3, "<u2"), "fields"),
-    "field type": (lambda p: put(p, beton.HEADER.itemsize, 0, "u1"), "field 'image'"),
-    "field name": (lambda p: patch(p, beton.HEADER.itemsize + 1, b"photo"), "field 'photo'"),
+    "field type": (lambda p: put(p, beton.HEADER.itemsize, 0, "u1"), r"fields are image \(FloatField\), label"),
+    "field name": (lambda p: patch(p, beton.HEADER.itemsize + 1, b"photo"), r"fields are photo \(RGBImageField\), "),
+    "no field": (lambda p: put(p, 2, 0, "<u2"), "fields are none, and should be image"),
+    "split": (lambda p: rewrite_manifest(p, split="val"), "holds images of val of at most 512 pixels"),
+    "rung": (lambda p: rewrite_manifest(p, split="train"), "train_16.beton holds images of train of at most 512 pix"),
     "pointer": (lambda p: put(p, sample_at(3, "data_ptr"), 77, "<u8"), "allocation table"),
     "width": (lambda p: put(p, sample_at(3, "width"), 0, "<u2"), "sample 3 has no size"),
     "mode": (lambda p: put(p, sample_at(5, "mode"), 9, "u1"), "sample 5 is stored"),
@@ -437,7 +466,7 @@ def _flip_padding(path, info, k):
     [
         (_flip_bit, "checksum", True),
         (_cut_sample, "sample 8 .* is corrupt", False),
-        (_wrong_size, "sample 8 .*, not RGB of", False),
+        (_wrong_size, "sample 8 .* is corrupt: it has .* pixels, not", False),
         (_swap_labels, "class_counts", True),
         (_flip_padding, "checksum", True),
     ],

@@ -1,7 +1,9 @@
 """FFCV behind a fence: right samples, no hang, no leak, the right file for a resolution."""
 
 import io
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from torchvision import transforms
 from rn50.data import loaders
 from rn50.data.decode import random_crops
 from rn50.errors import RunError
+from tools import verify_beton
 
 CPU = torch.device("cpu")
 
@@ -271,7 +274,7 @@ def test_order_is_random_while_the_file_fits_in_memory(monkeypatch):
     monkeypatch.setattr(loaders, "memory_bytes", lambda: 100)
 
     def file(size):
-        return SimpleNamespace(bytes=size, labels=np.arange(9) % 3, data_ptrs=np.arange(9))
+        return SimpleNamespace(bytes=size, labels=np.arange(9) % 3, data_ptrs=np.arange(9), page_size=9)
 
     assert loaders.choose_order(file(60), "auto") == "random"
     assert loaders.choose_order(file(61), "auto") == "page"
@@ -283,8 +286,8 @@ STOCK_IN_CLASS_ORDER = """
 import sys
 import numpy as np
 from ffcv import fields, writer
-pairs = [(np.full((20, 30, 3), k, "u1"), k // 40) for k in range(200)]
-made = {"image": fields.RGBImageField(write_mode="jpg"), "label": fields.IntField()}
+pairs = [(k // 40, np.full((20, 30, 3), k, "u1")) for k in range(200)]
+made = {"label": fields.IntField(), "image": fields.RGBImageField(write_mode="jpg")}
 writer.DatasetWriter(sys.argv[1], made, num_workers=2).from_indexed_dataset(pairs, chunksize=7)
 """
 
@@ -294,6 +297,11 @@ def test_a_file_in_class_order_is_not_read_page_by_page(tmp_path, betons, monkey
     path = tmp_path / "train_30.beton"
     subprocess.run([sys.executable, "-c", STOCK_IN_CLASS_ORDER, path], check=True, timeout=120)
     (stock,) = loaders.find_rungs(tmp_path, "train").values()
+    loader = loaders.evaluation_loader(stock, batch_size=64, crop_ratio=1, device=CPU, workers=1, timeout=300)
+    with loader.batches(np.arange(200), 20) as batches:  # the label is the first field of this one
+        read = [(images.float().mean((1, 2, 3)).round().int().tolist(), labels.tolist()) for images, labels in batches]
+    assert [value for images, _ in read for value in images] == list(range(200))
+    assert [label for _, labels in read for label in labels] == [k // 40 for k in range(200)]
     assert loaders.choose_order(stock, "auto") == loaders.choose_order(stock, "random") == "random"
     monkeypatch.setattr(loaders, "memory_bytes", lambda: 100)
     for order in ("auto", "page"):
@@ -304,8 +312,131 @@ def test_a_file_in_class_order_is_not_read_page_by_page(tmp_path, betons, monkey
     # whatever the classes' sizes: nine of ten images of one class lie beside their own in any order
     labels = np.random.default_rng(0).permutation(np.repeat([0, 1], [900, 100]))
     for classes, sorted_by_class in ((labels, False), (np.sort(labels), True), (np.zeros(1000, int), False)):
-        file = SimpleNamespace(labels=classes, data_ptrs=np.arange(1000))
+        file = SimpleNamespace(labels=classes, data_ptrs=np.arange(1000), page_size=10)
         assert loaders.stored_by_class(file) == sorted_by_class
+
+
+def random_labels(generator):
+    return generator.integers(0, 1000, 75 * 400)
+
+
+def half_sorted(generator):
+    labels = random_labels(generator)
+    labels[: len(labels) // 2].sort()
+    return labels
+
+
+def two_classes_a_page(generator):
+    """One beside the other, as two workers write: no image lies beside its own class."""
+    classes = generator.permutation(1000)[: 2 * 400].reshape(400, 2)
+    return np.stack([np.tile(pair, 38)[:75] for pair in classes]).ravel()
+
+
+def twenty_classes_a_page(generator):
+    return np.stack([generator.choice(generator.permutation(1000)[:20], 75) for _ in range(400)]).ravel()
+
+
+def two_of_a_kind_together(generator):
+    return np.repeat(generator.integers(0, 1000, 75 * 200), 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "refused"),
+    [
+        (random_labels, False),
+        (half_sorted, True),
+        (two_classes_a_page, True),
+        (twenty_classes_a_page, True),
+        (two_of_a_kind_together, False),
+    ],
+)
+def test_windows_that_see_few_classes_are_refused(make, refused):
+    """400 pages of 75 images in 1,000 classes, like ImageNet's. What is refused shows it in the batches themselves."""
+    labels = make(np.random.default_rng(0))
+    file = SimpleNamespace(
+        path="train_500.beton",
+        bytes=1,
+        num_samples=len(labels),
+        labels=labels,
+        page_size=75,
+        data_ptrs=np.arange(len(labels)),
+    )
+    batches = labels[loaders.epoch_order(file, "page", seed=0, epoch=0)][: 20 * 1024].reshape(20, 1024)
+    assert (np.mean([len(np.unique(batch)) for batch in batches]) < 600) == refused  # 641 in a random order
+    if refused:
+        with pytest.raises(RunError, match="a batch would see few classes"):
+            loaders.choose_order(file, "page")
+    else:
+        assert loaders.choose_order(file, "page") == "page"
+
+
+def other_split(folder):
+    for suffix in ("beton", "json"):
+        shutil.copy(folder / f"val_64.{suffix}", folder / f"train_64.{suffix}")
+
+
+def other_rung(folder):
+    for suffix in ("beton", "json"):
+        shutil.copy(folder / f"train_64.{suffix}", folder / f"train_96.{suffix}")
+
+
+def other_split_in_val(folder):
+    for suffix in ("beton", "json"):
+        shutil.copy(folder / f"train_64.{suffix}", folder / f"val_64.{suffix}")
+
+
+def no_manifest_in_val(folder):
+    (folder / "val_64.json").write_text('{"classes": 3}')
+
+
+def other_images(folder):
+    """A stock file: it has no manifest."""
+    (folder / "train_96.json").unlink()
+    shutil.copy(folder / "val_96.beton", folder / "train_96.beton")
+
+
+def other_classes(folder):
+    path = folder / "train_96.json"
+    path.write_text(path.read_text().replace("/", "").replace(json.loads(path.read_text())["classes"][0]["wnid"], "z"))
+
+
+def other_classes_in_val(folder):
+    for path in folder.glob("val_*.json"):
+        manifest = json.loads(path.read_text())
+        manifest["classes"] = manifest["classes"][::-1]
+        path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            other_split,
+            "train_64.beton holds images of val of at most 64 pixels, as its manifest says, not what its name",
+        ),
+        (other_rung, "train_96.beton holds images of train of at most 64 pixels.* name it train_64.beton"),
+        (other_split_in_val, "val_64.beton holds images of train of at most 64 pixels"),
+        (no_manifest_in_val, "val_64.json is not the manifest of a .beton file"),
+        (
+            other_images,
+            "train_96.beton and .*train_64.beton are not of the same images: the first has 110 images and the",
+        ),
+        (other_classes, "train_96.beton and .*train_64.beton are not of the same images: the first has other classes"),
+        (other_classes_in_val, r"train_\d+.beton and .*val_64.beton have different classes"),
+    ],
+)
+def test_files_that_are_not_what_their_names_say_are_refused(betons, tmp_path, change, problem, monkeypatch, capsys):
+    folder = shutil.copytree(betons, tmp_path / "betons")
+    loaders.find_rungs(folder, "train")
+    change(folder)
+    with pytest.raises(RunError, match=problem) as caught:
+        loaders.find_rungs(folder, "train")
+    assert "\n" not in str(caught.value)
+    files = map(str, sorted(folder.glob("train*.beton")))
+    monkeypatch.setattr(sys, "argv", ["verify_beton.py", "--quick", *files])
+    with pytest.raises(RunError) as caught:
+        verify_beton.main()
+    assert re.search(problem, f"{capsys.readouterr().err}{caught.value}")
 
 
 def test_both_orders_of_a_real_file_are_permutations(info):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rn50.data.jpeg import decode_image
+from rn50.data import listing
+from rn50.data.pictures import decode_image
 from rn50.data.sources import open_source
 from rn50.errors import RunError
 
@@ -45,10 +46,16 @@ def test_samples_are_sorted_and_labelled_by_class(tmp_path):
 
 
 def test_what_is_not_an_image_is_left_out_and_counted(tmp_path):
-    make(tmp_path / "val", "a/1.jpg", "a/notes.txt", "a/.hidden.jpg", "a/deeper/2.jpg", ".cache/3.jpg", "readme.jpg")
+    make(tmp_path / "val", "a/1.jpg", "a/notes.TXT", "a/.hidden.jpg", "a/._1.jpg", "a/2.heic", ".cache/3.jpg", "x.jpg")
+    make(tmp_path / "val", "__MACOSX/a/._1.jpg", "a/@eaDir/1.jpg", "lost+found/4.jpg", "a/Thumbs.db", "desktop.ini")
+    make(tmp_path / "val", "$RECYCLE.BIN/1.jpg", "System Volume Information/1.jpg", "a/x/__MACOSX/1.jpg", "a/x/README")
     source = open_source(tmp_path, "val")
     assert [source.item(i)[0] for i in range(len(source))] == ["a/1.jpg"]
-    assert source.ignored == 5
+    assert source.ignored == {
+        "folders": 6, "hidden": 3, "in no class's folder": 1, ".txt": 1, ".heic": 1, ".db": 1, ".ini": 1,
+        "without extension": 1,
+    }  # fmt: skip
+    assert listing.describe(source.ignored) == "6 folders, 3 hidden, 1 .db, 1 .heic, ..."
 
 
 def test_imagenette_folders_get_their_names_and_others_keep_the_folder_name(tmp_path):
@@ -223,7 +230,7 @@ def test_an_impossible_size_is_refused_before_memory_is_taken():
     data = bytearray(encoded(picture(), "JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = b"\xff\x00\xff\x00"
-    with pytest.raises(ValueError, match="65280x65280"):
+    with pytest.raises(ValueError, match="4261 megapixels"):
         decode_image(bytes(data))
 
 
