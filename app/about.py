@@ -1,7 +1,6 @@
 """The page's text about the model: its title, its figures, its training curve, and how programs ask it."""
 
 import html
-import os
 
 
 def headline(config):
@@ -96,15 +95,11 @@ def model_card(folder):
     return body.lstrip().split("\n", 1)[1] if body.lstrip().startswith("# ") else body
 
 
-def address():
-    host = os.environ.get("SPACE_HOST")
-    return f"https://{host}" if host else f"http://127.0.0.1:{os.environ.get('GRADIO_SERVER_PORT', 7860)}"
-
-
-def api_text(top):
-    """Markdown: how programs ask for the `top` most probable classes."""
-    url = address()
-    return f"""Each picture gives its {top} most probable classes as JSON.
+def api_text(url, top, max_bytes):
+    """Markdown: how programs ask the page at `url` for the `top` most probable classes. max_bytes: of one picture."""
+    return f"""Each picture gives its {top} most probable classes as JSON. It is sent as an upload, as below, or
+in its place as a data URI (`"data:image/jpeg;base64,..."`), and has up to {max_bytes // 1_000_000} MB; links are not
+followed.
 
 ### Python
 

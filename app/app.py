@@ -8,6 +8,7 @@ tools/publish.py writes that file. Works without a network when the model is her
 
 import atexit
 import base64
+import errno
 import html
 import inspect
 import io
@@ -15,6 +16,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -22,26 +24,42 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+# A stream that is closed is None, which uvicorn asks whether it is a terminal.
+for stream in ("stdout", "stderr"):
+    if getattr(sys, stream) is None:
+        setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115  for as long as the page is up
 # Read by gradio and huggingface_hub while they are imported.
 os.environ.update(GRADIO_ANALYTICS_ENABLED="False", HF_HUB_DISABLE_TELEMETRY="1")
 # What is uploaded goes to a folder of this process alone.
-UPLOADS = tempfile.mkdtemp(prefix="uploads-")
+try:
+    UPLOADS = tempfile.mkdtemp(prefix="uploads-")
+except OSError as problem:
+    sys.exit(f"error: no folder for uploads: {problem.strerror}; TMPDIR names one that is writable and not full")
 os.environ["GRADIO_TEMP_DIR"] = UPLOADS
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
 from about import about, api_text, model_card, title  # noqa: E402
 from inference import MAX_BYTES, BadModel, Classifier, UnreadableImage  # noqa: E402
-from uploads import DELETE_AFTER, DELETE_EVERY, Gate, sweep  # noqa: E402
+from uploads import DELETE_AFTER, DELETE_EVERY, Gate, sent_bytes, sweep  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 TOP = 5
 BATCH = 24
 AT_ONCE = 2  # pictures being decoded, of all visitors together
 WAITING = 100  # requests; beyond that visitors are told to come back
+PORT = 7860  # or the first after it that is free
+
+
+def proxies():
+    """The variables that name proxies and what goes past them."""
+    return [name for name in os.environ if name.lower() in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")]
 
 
 def load_model():
-    return Classifier(os.environ.get("MODEL_DIR") or from_hub())
+    folder = os.environ.get("MODEL_DIR", "")
+    if not os.path.lexists(folder):  # else that is its name
+        folder = os.path.expanduser(os.path.expandvars(folder))
+    return Classifier(folder or from_hub())
 
 
 def from_hub():
@@ -60,7 +78,9 @@ def from_hub():
     except RepositoryNotFoundError:
         raise BadModel(f"{repo} is gone or private: the Space then needs a secret HF_TOKEN that may read it") from None
     except Exception as error:
-        raise BadModel(f"cannot download {repo} at {revision}: {str(error).splitlines()[0]}") from None
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        through = f" through {' and '.join(proxies())}" if proxies() else ""
+        raise BadModel(f"cannot download {repo} at {revision}{through}: {reason}") from None
     return os.path.dirname(paths[files.index("config.json")])
 
 
@@ -82,14 +102,54 @@ def without_stubs():
 
 
 def start():
-    """(gradio, the model): each takes seconds, so both at once."""
+    """(gradio, the model): each takes seconds, so both at once.
+
+    Not behind a proxy: only the model may have to come through that. Gradio would send what the page asks itself there,
+    and cannot be imported where the proxy is of a kind that httpx does not know.
+    """
     with ThreadPoolExecutor(1) as threads:
         model = threads.submit(load_model)
+        if named := proxies():
+            model.result()
+            for name in named:
+                del os.environ[name]
         with without_stubs():
             import gradio
         return gradio, model.result()
 
 
+def asked_port():
+    """The port that GRADIO_SERVER_PORT asks for, or None. Gradio fails with a traceback on what is no number."""
+    text = os.environ.pop("GRADIO_SERVER_PORT", "").strip()
+    if not text:
+        return None
+    if not text.isdecimal() or len(text) > 5 or not 0 < int(text) < 65536:
+        sys.exit(f"error: GRADIO_SERVER_PORT is {text!r}, not a port: choose one from 1024 to 65535")
+    os.environ["GRADIO_SERVER_PORT"] = text
+    return int(text)
+
+
+def free_ports():
+    """The port that is asked for, else those from PORT on that nobody listens at. Where no more is left, the end."""
+    reason = "Address already in use"
+    for port in [ASKED_PORT] if ASKED_PORT else range(PORT, PORT + 100):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does
+            try:
+                probe.bind((HOST, port))
+            except OSError as problem:
+                reason = problem.strerror
+                if problem.errno != errno.EADDRINUSE:
+                    break
+                continue
+        yield port
+    reason += "; GRADIO_SERVER_NAME and GRADIO_SERVER_PORT choose where"
+    sys.exit(f"error: the page cannot be at {HOST}:{port}: {reason}")
+
+
+HOST, ASKED_PORT = os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1", asked_port()
+if __name__ == "__main__":
+    next(free_ports())  # or the end, before the rest takes its seconds
 try:
     gr, MODEL = start()
 except BadModel as problem:
@@ -97,57 +157,44 @@ except BadModel as problem:
 CONFIG = MODEL.config
 
 
-async def only_uploads(self, url_or_file_path):
-    """In place of a component's own: Gradio would download whatever address it is sent, of any size."""
-    if str(url_or_file_path).lower().startswith("http"):
-        raise gr.Error("Send the picture itself; links are not followed.", print_exception=False)
-    return await gr.blocks.Block.async_move_resource_to_block_cache(self, url_or_file_path)
+class Page(gr.Blocks):
+    """Gives each function what was sent, as it was sent: sent_bytes says what is wrong with it.
+
+    Gradio's own preprocessing would download any address, copy files and decode pictures without our limits, and
+    answers what is no picture with a traceback in the log.
+    """
+
+    async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
+        sent, block = inputs[0] if inputs else None, block_fn.inputs[0]
+        if isinstance(block, gr.Image | gr.File):
+            return [sent]
+        if not isinstance(sent, int) or sent not in range(len(block.raw_samples)):
+            raise gr.Error("There is no such example.", print_exception=False)
+        return [block.preprocess(sent)]
 
 
-with without_stubs():
-
-    class Picture(gr.Image):
-        """An image input that gives the file's path: Gradio's own decodes it without our limits."""
-
-        is_template = True  # the browser shows the component that it derives from
-        async_move_resource_to_block_cache = only_uploads
-
-        def preprocess(self, payload):
-            return payload.path if payload else None
-
-    class Pictures(gr.File):
-        """A file input that gives (path, name) of each: Gradio's own leaves an empty file behind for each."""
-
-        is_template = True
-        async_move_resource_to_block_cache = only_uploads
-
-        def preprocess(self, payload):
-            return [(file.path, file.orig_name or "") for file in getattr(payload, "root", payload) or []]
-
-
-def classify(path):
-    if path is None:
+def classify(sent):
+    if sent is None:
         return EMPTY
     try:
-        return result(MODEL.predict(read(path)))
+        return result(MODEL.predict(sent_bytes(sent, UPLOADS)))
     except UnreadableImage as problem:
         return alert(problem)
 
 
-def classify_all(files):
-    if not files:
+def classify_all(sent):
+    if not sent:
         return NO_PICTURES
-    cards = [card(path, name) for path, name in files[:BATCH]]
-    more = f"<p>Only the first {BATCH} are shown.</p>" if len(files) > BATCH else ""
+    sent = sent if isinstance(sent, list) else [sent]
+    cards = [card(picture, place) for place, picture in enumerate(sent[:BATCH], 1)]
+    more = f"<p>Only the first {BATCH} are shown.</p>" if len(sent) > BATCH else ""
     return f'<div class="rn50-cards" role="list">{"".join(cards)}</div>{more}'
 
 
 def predict(image):
     """{label, confidences: [{label, wnid, probability}], milliseconds, model} of one picture, for programs."""
-    if image is None:
-        raise gr.Error("No picture was sent.", print_exception=False)
     try:
-        seen = MODEL.predict(read(image))
+        seen = MODEL.predict(sent_bytes(image, UPLOADS))
     except UnreadableImage as problem:
         raise gr.Error(str(problem), print_exception=False) from None
     top = seen.top(TOP)
@@ -164,18 +211,6 @@ def predict(image):
         "milliseconds": {"decode": round(seen.decode_ms, 2), "network": round(seen.network_ms, 2)},
         "model": CONFIG["name"],
     }
-
-
-def read(path):
-    """The bytes of an upload. Gradio looks at where a path leads only if the sender calls it a file."""
-    if not Path(path).resolve().is_relative_to(Path(UPLOADS).resolve()):
-        raise UnreadableImage("Send the picture itself.")
-    try:
-        if os.path.getsize(path) > MAX_BYTES:
-            raise UnreadableImage(f"The file is larger than {MAX_BYTES // 1_000_000} MB.")
-        return Path(path).read_bytes()
-    except OSError:
-        raise UnreadableImage("The picture is no longer here: uploads are deleted at once. Send it again.") from None
 
 
 def alert(problem):
@@ -212,10 +247,12 @@ def result(seen):
     )
 
 
-def card(path, name):
-    name = html.escape(name[:60])
+def card(sent, place):
+    """HTML: a picture of a batch under its own name or, where it has none, its place."""
+    name = (isinstance(sent, dict) and sent.get("orig_name")) or f"Picture {place}"
+    name = html.escape(str(name)[:60].encode(errors="replace").decode())
     try:
-        seen = MODEL.predict(read(path))
+        seen = MODEL.predict(sent_bytes(sent, UPLOADS))
     except UnreadableImage as problem:
         return f'<div class="rn50-card" role="listitem"><p class="rn50-file">{name}</p>{alert(problem)}</div>'
     rows = "".join(
@@ -246,7 +283,8 @@ EMPTY = (
 NO_PICTURES = f'<div class="rn50-empty"><p>Up to {BATCH} pictures at a time.</p></div>'
 
 
-def build():
+def build(url):
+    """(the page, what launch() takes for its looks). url: where it will be, for the examples of its API."""
     theme = gr.themes.Default(
         primary_hue="indigo",
         neutral_hue="slate",
@@ -258,12 +296,12 @@ def build():
     shared = {"concurrency_limit": AT_ONCE, "concurrency_id": "network"}
     on_page = {**shared, "api_visibility": "private", "show_progress": "minimal"}
     names = json.dumps(MODEL.names).replace("<", "\\u003c")
-    with gr.Blocks(title=CONFIG["name"], delete_cache=(DELETE_EVERY, DELETE_AFTER), analytics_enabled=False) as page:
+    with Page(title=CONFIG["name"], delete_cache=(DELETE_EVERY, DELETE_AFTER), analytics_enabled=False) as page:
         gr.HTML(title(CONFIG, len(MODEL.labels)))
         with gr.Tab("Classify"):
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=280):
-                    picture = Picture(
+                    picture = gr.Image(
                         label="Picture",
                         sources=["upload", "clipboard"],
                         buttons=[],
@@ -276,7 +314,7 @@ def build():
             if examples := [str(MODEL.folder / example["file"]) for example in CONFIG["examples"]]:
                 gr.Examples(examples, picture, cache_examples=False, label="Examples", api_visibility="private")
         with gr.Tab("Batch"):
-            many = Pictures(
+            many = gr.File(
                 label=f"Pictures, up to {BATCH}",
                 file_count="multiple",
                 file_types=["image"],
@@ -288,8 +326,8 @@ def build():
             gr.HTML(about(CONFIG))
             gr.Markdown(model_card(MODEL.folder), elem_classes="rn50-text")
         with gr.Tab("API"):
-            gr.Markdown(api_text(TOP), elem_classes="rn50-text", elem_id="rn50-api")
-            sent, answer = Picture(visible=False), gr.JSON(visible=False)
+            gr.Markdown(api_text(url, TOP, MAX_BYTES), elem_classes="rn50-text", elem_id="rn50-api")
+            sent, answer = gr.Image(visible=False), gr.JSON(visible=False)
             asked = gr.Button(visible=False)
         gr.HTML(
             '<p class="rn50-footer">Pictures are not kept: they are deleted within '
@@ -307,14 +345,11 @@ def build():
     }
 
 
-def main():
-    # so that what atexit does is done
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    global demo  # the name by which a Space finds the page to reload it
-    demo, looks = build()
-    threading.Thread(target=sweep, args=(UPLOADS, {*Path(UPLOADS).rglob("*")}), daemon=True).start()
-    demo.launch(
+def launch(page, looks, port):
+    page.launch(
         **looks,
+        server_port=port,
+        prevent_thread_lock=True,
         footer_links=[],
         max_file_size=MAX_BYTES,
         max_threads=8,
@@ -324,10 +359,31 @@ def main():
         run_history=False,
         ssr_mode=False,
         state_session_capacity=100,
-        app_kwargs={
-            "middleware": [(Gate, (), {"upload_bytes": BATCH * MAX_BYTES})]
-        },  # Starlette unpacks its own Middleware to this
+        # Starlette unpacks its own Middleware to this
+        app_kwargs={"middleware": [(Gate, (), {"folder": UPLOADS, "max_bytes": MAX_BYTES, "batch": BATCH})]},
     )
+
+
+def main():
+    # so that what atexit does is done
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    sys.stdout.reconfigure(line_buffering=True)  # its address is wanted in a log, too, while it runs
+    global demo  # the name by which a Space finds the page to reload it
+    space = os.environ.get("SPACE_HOST")
+    for port in free_ports():
+        url = f"http://{HOST.replace('0.0.0.0', '127.0.0.1')}:{port}"
+        try:
+            demo, looks = build(f"https://{space}" if space else url)
+            examples = {*Path(UPLOADS).rglob("*")}
+            launch(demo, looks, port)
+            break
+        except OSError as problem:
+            if problem.errno:  # else another page has taken the port since it was looked at
+                sys.exit(f"error: the page at {url} did not start: {problem}")
+    threading.Thread(target=sweep, args=(UPLOADS, examples), daemon=True).start()
+    if port != (ASKED_PORT or PORT):
+        print(f"port {PORT} is in use; the page is at {url}")
+    demo.block_thread()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run talks to over HTTP, each on a port of its own: EC2's instance metadata, and S3 by moto."""
+"""What is talked to over HTTP, each on a port of its own: EC2's instance metadata, S3 by moto, and a proxy."""
 
 import json
 import socket
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -82,6 +83,44 @@ class Metadata:
         while self.requests < count:
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+class Proxy:
+    """A proxy that sends whatever it is asked for to `target`, an address; without one it answers 502."""
+
+    def __init__(self, target=None):
+        self.requests = []
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                proxy.requests.append(f"{self.command} {self.path}")
+                if not target:
+                    return self.send_error(502)
+                asked = urllib.request.Request(
+                    target + urllib.parse.urlsplit(self.path).path, method=self.command, headers=dict(self.headers)
+                )
+                with OPENER.open(asked, timeout=60) as answer:
+                    self.send_response(answer.status)
+                    for name, value in answer.headers.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    self.wfile.write(answer.read())
+
+            do_HEAD = do_POST = do_CONNECT = do_GET
+
+            def log_message(self, *args):
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    __enter__, __exit__ = Metadata.__enter__, Metadata.__exit__
+
+
+# Past whatever proxy this machine has.
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 class MotoS3:

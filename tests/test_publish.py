@@ -15,6 +15,7 @@ import yaml
 from tests import tiny_model
 from tests.conftest import ROOT
 from tests.fake_hub import TOKEN, UNPAID, Hub
+from tests.services import Proxy
 
 MODEL_FILES = {"README.md", "config.json", "model.onnx", "model.safetensors"}
 SPACE_FILES = {
@@ -24,6 +25,7 @@ SPACE_FILES = {
     "inference.py",
     "page.css",
     "page.js",
+    "pictures.py",
     "requirements.txt",
     "uploads.py",
 }
@@ -98,12 +100,16 @@ def test_publishing_again_is_one_commit_each_and_the_space_runs_the_commit_it_na
         folder.mkdir()
         for name, content in space.items():
             (folder / name).write_bytes(content)
-        cache = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url, "HF_HUB_DISABLE_XET": "1"}
+        cache = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": "http://hub.invalid", "HF_HUB_DISABLE_XET": "1"}
         code = "import app; print(app.MODEL.config['name'], app.MODEL.folder)"
         command = [tiny_model.APP_PYTHON, "-c", code]
         environment = {"PATH": os.environ["PATH"], **cache}
-        started = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90)
+        # and there is no way to the Hub but a proxy
+        with Proxy(hub.url) as proxy:
+            proxied = {**environment, "HTTP_PROXY": proxy.url, "NO_PROXY": "localhost"}
+            started = subprocess.run(command, cwd=folder, env=proxied, capture_output=True, text=True, timeout=90)
         assert started.stdout.startswith("tiny "), started.stderr
+        assert any(revision in asked for asked in proxy.requests)
         assert revision in started.stdout
     # and once that is in the cache it needs no Hub
     again = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=90)

@@ -2,7 +2,7 @@
 # Opens the Space's page on this machine, with the packages that the Space gets: bash tools/app.sh MODEL_FOLDER
 # They are in .venv-app, apart from .venv: Gradio does not allow the Pillow that training is tested with.
 #   --install    only make .venv-app
-# GRADIO_SERVER_PORT chooses the port (7860). Repeating it installs nothing.
+# GRADIO_SERVER_PORT chooses the port; without it 7860 or the next that is free. Repeating it installs nothing.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stamp=$root/.venv-app/rn50-app-done
@@ -11,7 +11,8 @@ if (($# != 1)); then
     echo "error: usage: bash tools/app.sh MODEL_FOLDER (tools/export_model.py makes one)" >&2
     exit 2
 fi
-if [[ $1 != --install && ! -f $1/config.json ]]; then
+# app.py reads ~ and $NAME
+if [[ $1 != --install && $1 != *['~$']* && ! -f $1/config.json ]]; then
     echo "error: no exported model in $1; tools/export_model.py makes one" >&2
     exit 1
 fi
@@ -33,5 +34,5 @@ if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
 fi
 exec 9>&-
 if [[ $1 != --install ]]; then
-    MODEL_DIR=$(cd "$1" && pwd) exec "$root/.venv-app/bin/python" "$root/app/app.py"
+    MODEL_DIR=$1 exec "$root/.venv-app/bin/python" "$root/app/app.py"
 fi

@@ -20,6 +20,7 @@ from huggingface_hub.utils import validate_repo_id
 
 from rn50.command import run
 from rn50.errors import RunError, UsageError
+from rn50.files import expanded_path
 
 APP = Path(__file__).resolve().parents[1] / "app"
 sys.path.insert(0, str(APP))
@@ -28,7 +29,17 @@ import inference  # noqa: E402
 MODEL_FILES = ("README.md", "config.json", "model.onnx", "model.safetensors", "model_int8.onnx")
 NEEDED = ("README.md", "config.json", "model.onnx", "model.safetensors")
 EXAMPLE = re.compile(r"examples/[\w-]+\.jpg")
-APP_FILES = ("README.md", "about.py", "app.py", "inference.py", "page.css", "page.js", "requirements.txt", "uploads.py")
+APP_FILES = (
+    "README.md",
+    "about.py",
+    "app.py",
+    "inference.py",
+    "page.css",
+    "page.js",
+    "pictures.py",
+    "requirements.txt",
+)
+APP_FILES += ("uploads.py",)
 POINTER = "model.json"
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 # What to do about a refusal of the Hub, by its status.
@@ -67,7 +78,9 @@ def main():
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="model", type=Path, help="an exported model's folder (default: model)")
+    parser.add_argument(
+        "--model", default="model", type=expanded_path, help="an exported model's folder (default: model)"
+    )
     parser.add_argument("--repo", required=True, metavar="USER/NAME", help="model repository")
     parser.add_argument("--space", metavar="USER/NAME", help="Space that runs it")
     parser.add_argument("--private", action="store_true", help="where they are created now, create them private")

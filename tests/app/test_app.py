@@ -1,14 +1,19 @@
 """The running page over HTTP: right answers, clear messages, bounded memory, many users, and nothing kept."""
 
+import base64
 import io
+import itertools
 import json
 import os
 import re
+import resource
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from PIL import Image
 from tests import bombs, tiny_model
 from tests.conftest import ROOT
 from tests.publishing.test_export import network_of
+from tests.services import Proxy
 
 sys.path.insert(0, str(ROOT / "app"))
 import inference
@@ -41,18 +47,20 @@ def known(textures, exported):
 
 @pytest.fixture(scope="module")
 def uploaded(app, known, tmp_path_factory):
-    """When a picture had been answered and another upload broken off: long before the last test looks for both."""
+    """(when, the files) a picture had been answered and another upload broken off; the last test looks for both."""
     mine = tmp_path_factory.mktemp("mine") / "mine.png"
     Image.open(known[0][0]).crop((0, 0, 60, 60)).save(mine)
     answer(app, mine)
+    assert call(app, [uri(mine.read_bytes() + bytes(2_000_000))])[0] == "complete"
     begun = b'--x\r\nContent-Disposition: form-data; name="files"; filename="half.jpg"\r\n\r\n' + bytes(200_000)
     assert send(app, begun, b"Content-Length: 900000\r\n", read=False) == b""
     deadline = time.monotonic() + 10
     while not [path for path in app.uploads() if path.name.startswith("tmp")]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert "mine.png" in [path.name for path in app.uploads()]
-    return time.monotonic()
+    there = [path for path in app.uploads() if path.name == "mine.png" or path.name.startswith(("tmp", "sent-"))]
+    assert len(there) == 3, there
+    return time.monotonic(), there
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +152,10 @@ def test_bad_files_get_a_clear_message_and_memory_stays_bounded(app, known, tmp_
         event, data = app.predict(path)
         message = json.loads(data)["error"]
         assert event == "error"
-        assert re.search("not a picture|cut off|empty|megapixels|too many parts", message), (path.name, message)
+        assert re.search("not a picture|cut off|empty|megapixels|too many parts|export it as", message), (
+            path.name,
+            message,
+        )
         assert str(app.scratch) not in data
         assert "Traceback" not in data
     large = tmp_path / "large.jpg"
@@ -167,14 +178,142 @@ def test_what_was_not_uploaded_is_neither_read_nor_fetched(app, exported):
     assert event == "error"
 
 
-def test_a_picture_on_the_server_that_is_not_called_a_file_is_not_read_either(app, known):
-    """Gradio looks at where a path leads only if the sender marks it as one."""
-    call = f"{app.url}/gradio_api/call/predict"
-    body = {"data": [{"path": str(known[0][0])}]}
-    event = requests.post(call, json=body, timeout=60).json()["event_id"]
-    answered = requests.get(f"{call}/{event}", timeout=60).text
-    assert "event: error" in answered
-    assert "Send the picture itself." in answered
+def uri(data, kind="image/jpeg;base64"):
+    return f"data:{kind},{base64.b64encode(data).decode()}"
+
+
+def call(app, sent, **how):
+    """(event, what came) of the API's answer to `sent`. how: in place of that, of requests.post."""
+    address = f"{app.url}/gradio_api/call/predict"
+    begun = requests.post(address, timeout=60, **(how or {"json": {"data": sent}}))
+    assert begun.status_code == 200, begun.text
+    answered = requests.get(f"{address}/{begun.json()['event_id']}", timeout=60).text
+    event, data = re.fullmatch(r"event: (\w+)\ndata: (.*)", answered.strip().split("\n\n")[-1]).groups()
+    return event, json.loads(data)
+
+
+def joined(app, function, sent):
+    """What a function answers to `sent` by way of the queue, as the page itself asks."""
+    session = f"{function}-{next(NUMBERS)}"
+    body = {"data": sent, "fn_index": function, "session_hash": session}
+    requests.post(f"{app.url}/gradio_api/queue/join", json=body, timeout=60).raise_for_status()
+    stream = requests.get(f"{app.url}/gradio_api/queue/data?session_hash={session}", stream=True, timeout=60)
+    messages = (json.loads(line[5:]) for line in stream.iter_lines() if line)
+    return next(message["output"] for message in messages if message["msg"] == "process_completed")
+
+
+NUMBERS = itertools.count()
+FILE = {"_type": "gradio.FileData"}
+NO_PICTURES = {
+    "links are not followed": [
+        *("http://127.0.0.1:9/a.jpg", "HTTPS://example.com/a.jpg", {"path": "HTTP://127.0.0.1:9/a.jpg", "meta": FILE}),
+        *({"path": None, "url": "http://127.0.0.1:9/a.jpg", "meta": FILE}, {"url": "https://example.com/a.jpg"}),
+    ],
+    "A picture is sent as": [
+        *("", "hello", "/9j/4AAQSkZJRg==", [], [1], [{"path": "/etc/passwd"}], 0, 1.5, True, {}, {"meta": FILE}),
+        *({"path": 5, "meta": FILE}, {"path": ["a"], "meta": FILE}, {"path": {"path": "a"}}, {"data": "data:,"}),
+        *("/etc/passwd", {"path": "/etc/passwd", "meta": FILE}, {"path": "/etc/passwd", "meta": "x"}),
+        *({"path": "/etc/passwd", "meta": None}, {"path": "/etc/passwd", "is_stream": True, "meta": FILE}),
+        *({"path": "file:///etc/passwd", "meta": FILE}, {"path": "/x" * 3000, "meta": FILE}, {"path": "/tmp/\0"}),
+        *({"path": "/tmp/\ud800", "meta": FILE}, {"path": "README.md", "meta": FILE}, {"path": "/tmp", "meta": FILE}),
+    ],
+    "The data URI is": [
+        *("data:", "data:image/png;base64", "data:text/plain,hello", "data:image/jpeg;base64,$$$$", "data:;base64,AAA"),
+        *("data:;base64,\u00e4\u00f6", "data:;base64,\ud800", {"path": "data:image/png;base64,AAAAA", "meta": FILE}),
+    ],
+    "The file is": [uri(b"hello", "text/plain;base64"), uri(b""), {"url": uri(b"<html></html>")}],
+}
+
+
+def test_whatever_is_sent_to_the_api_gets_a_sentence_and_the_log_nothing(app):
+    """Nothing is fetched, and nothing outside the uploads is read; the last test but two looks whom the page asked."""
+    said = app.log.read_text()
+    for sentence, all_sent in NO_PICTURES.items():
+        for sent in all_sent:
+            event, data = call(app, [sent])
+            assert event == "error", sent
+            assert sentence in (data["error"] or ""), (str(sent)[:80], data)
+    assert "No picture" in call(app, [None])[1]["error"]
+    assert "No picture" in call(app, [])[1]["error"]
+    assert "larger than 20 MB" in call(app, [uri(bytes(inference.MAX_BYTES + 1))])[1]["error"]
+    assert app.log.read_text() == said
+
+
+def test_the_functions_of_the_page_answer_whatever_they_are_sent_and_a_batch_says_which(app, known):
+    functions = {
+        each["api_name"]: each for each in requests.get(f"{app.url}/config", timeout=20).json()["dependencies"]
+    }
+    assert set(functions) == {"load_example", "classify", "classify_all", "predict"}, "send to a new one, too"
+    said, path = app.log.read_text(), known[0][0]
+    good = {"path": app.upload(path), "meta": FILE, "orig_name": "good.jpg"}
+    for sentence, sent in ((words, sent) for words, all_sent in NO_PICTURES.items() for sent in all_sent):
+        assert sentence in str(joined(app, functions["classify"]["id"], [sent])), sent
+        assert "no such example" in str(joined(app, functions["load_example"]["id"], [{"path": sent, "meta": FILE}]))
+        named = {"orig_name": "bad\ud800 <b>.jpg", **sent} if isinstance(sent, dict) else sent
+        html = joined(app, functions["classify_all"]["id"], [[good, named, uri(path.read_bytes())]])["data"][0]
+        first, second, third = html.split('rn50-card"')[1:]
+        assert known[0][1] in first
+        assert known[0][1] in third
+        assert sentence in second
+        assert ("bad? &lt;b&gt;.jpg" if isinstance(sent, dict) else ">Picture 2<") in second
+    for sent in (True, 99, -1, None, "x", [0]):
+        answer = joined(app, functions["load_example"]["id"], [sent])
+        assert sent is True or "no such example" in answer["error"]
+    assert joined(app, functions["classify_all"]["id"], [5])["data"]
+    assert app.log.read_text() == said
+
+
+def test_a_data_uri_is_a_picture_in_whatever_form_it_comes(app, known):
+    path, label, probability = known[1]
+    small = path.read_bytes()
+    large = small + os.urandom(inference.MAX_BYTES - len(small))  # after the end of a JPEG all is allowed
+    lines = base64.encodebytes(small).decode()
+    before = app.peak_mib()
+    forms = [uri(small), uri(small, "image/png;charset=x;base64").replace("data:", "DATA:"), f"data:;base64,{lines}"]
+    for sent in (*forms, *({"url": form} for form in forms), {"path": forms[0], "meta": FILE}, uri(large)):
+        event, data = call(app, [sent])
+        assert event == "complete", (str(sent)[:60], data)
+        assert data[0]["label"] == label
+        assert data[0]["confidences"][0]["probability"] == pytest.approx(probability, abs=0.01)
+    as_json = json.dumps({"data": [{"url": uri(large), "path": None}]}).encode()
+    kind = {"Content-Type": "application/json"}
+    for body in (as_json.replace(b"/", b"\\/"), (as_json[at : at + 999_999] for at in range(0, len(as_json), 999_999))):
+        assert call(app, None, data=body, headers=kind)[1][0]["label"] == label
+    # many at once wait as files
+    with ThreadPoolExecutor(6) as users:
+        assert all(got[1][0]["label"] == label for got in users.map(lambda _: call(app, [uri(large)]), range(6)))
+    assert app.peak_mib() - before < 450
+    assert call(app, None, json={"data": [uri(large)[:-3]]})[1]["error"].startswith("The data URI is damaged")
+
+
+def test_a_request_that_gradio_does_not_know_is_one_line_of_the_log(app):
+    said = len(app.log.read_text())
+    api = f"{app.url}/gradio_api"
+    for sent in (
+        requests.post(f"{api}/call/nothing", json={"data": [1]}, timeout=20),
+        requests.post(f"{api}/call/v2/predict", json={"nothing": 1}, timeout=20),
+        requests.post(f"{api}/queue/join", json={"data": [1], "fn_index": 99, "session_hash": "x"}, timeout=20),
+    ):
+        assert (sent.status_code, sent.text) == (400, "The page does not know what to do with this request.")
+    assert "event: error" in requests.get(f"{api}/call/predict/nothing", timeout=20).text
+    added = app.log.read_text()[said:].splitlines()
+    assert len(added) == 4, added
+
+
+def test_a_disk_without_room_is_one_sentence(app, known):
+    """Files of more than 2 MB fail as they do on a full disk."""
+    resource.prlimit(app.process.pid, resource.RLIMIT_FSIZE, (2_000_000, resource.RLIM_INFINITY))
+    try:
+        more = os.urandom(3_000_000)
+        for sent in (
+            requests.post(f"{app.url}/gradio_api/upload", files={"files": ("a.jpg", more)}, timeout=60),
+            requests.post(f"{app.url}/gradio_api/call/predict", json={"data": [uri(more)]}, timeout=60),
+        ):
+            assert (sent.status_code, sent.text) == (507, "There is no room for this at the moment.")
+    finally:
+        resource.prlimit(app.process.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert "Traceback" not in app.log.read_text()
+    assert answer(app, known[0][0])["label"] == known[0][1]
 
 
 def test_what_gradio_offers_beyond_the_page_is_closed(app):
@@ -188,16 +327,17 @@ def test_what_gradio_offers_beyond_the_page_is_closed(app):
 
 
 def test_an_upload_that_is_too_large_is_refused(app, tmp_path):
-    big = io.BytesIO(bytes(inference.MAX_BYTES + 1_000_000))
+    big, before = io.BytesIO(bytes(inference.MAX_BYTES + 1_000_000)), app.uploads()
     sent = requests.post(f"{app.url}/gradio_api/upload", files={"files": ("big.jpg", big)}, timeout=60)
     assert sent.status_code == 413
-    assert not [path for path in app.uploads() if path.stat().st_size > inference.MAX_BYTES]
+    assert set(app.uploads()) <= set(before)
 
 
 def test_no_request_brings_more_than_the_page_has_use_for(app):
     call = f"{app.url}/gradio_api/call/predict"
-    refused = requests.post(call, json={"data": ["x" * 2_000_000]}, timeout=60)
-    assert (refused.status_code, refused.text) == (413, "At most 1 MB at a time.")
+    for much in ("x" * 2_000_000, "x" * 40_000_000, ["data:"] * 300_000):
+        refused = requests.post(call, json={"data": [much]}, timeout=60)
+        assert (refused.status_code, refused.text) == (413, "At most 27 MB at a time.")
     assert b" 413 " in send(app, b"", b"Content-Length: %d\r\n" % (25 * inference.MAX_BYTES))
 
     def status(megabytes):
@@ -211,7 +351,7 @@ def test_no_request_brings_more_than_the_page_has_use_for(app):
             return None
 
     assert status(0) == 200
-    assert status(3) != 200
+    assert status(30) != 200
 
 
 def test_only_predict_is_offered(app):
@@ -265,6 +405,89 @@ def test_the_app_says_in_one_line_when_there_is_no_model():
     done = subprocess.run(command, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert done.stderr == "error: no model: set MODEL_DIR to an exported one, or publish this with tools/publish.py\n"
+
+
+@contextmanager
+def opened(tmp_path, model, *, redirected="", **environment):
+    """(what it says, its address) of a page that tools/app.sh opens at no certain port, in the file tmp_path/log."""
+    script, log = tiny_model.link_checkout(tmp_path / "checkout") / "tools/app.sh", tmp_path / "log"
+    settings = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path), "HOME": str(tmp_path), **environment}
+    command = ["bash", "-c", f'exec bash "$@" {redirected}', "bash", script, model]
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, env=settings, cwd=tmp_path, stdout=file, stderr=file)
+    try:
+        yield process, log
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+        assert "Traceback" not in log.read_text()
+        assert not list(tmp_path.glob("uploads-*"))
+
+
+def wait_until(process, condition):
+    deadline = time.monotonic() + 60
+    while not (found := condition()):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return found
+
+
+def test_the_page_opens_behind_a_proxy_of_any_kind_beside_another_page(exported, tmp_path, app):
+    """Its model is named with ~, and what is not ASCII. The port that it takes is said, and stands in its API tab."""
+    shutil.copytree(exported[0], tmp_path / "m\u00f6 d\u00ebl", copy_function=os.symlink)
+    proxies = {"HTTP_PROXY": "http://127.0.0.1:9", "https_proxy": "http://[no", "ALL_PROXY": "socks5://127.0.0.1:9"}
+    proxies |= {"NO_PROXY": "fd00::/8,[::1]", "no_proxy": "*.example.com,,http://["}
+    with socket.socket() as other, opened(tmp_path, "~/m\u00f6 d\u00ebl", **proxies, LANG="C") as (process, log):
+        with suppress(OSError):  # somebody is there already
+            other.bind(("127.0.0.1", 7860))
+            other.listen()
+        said = r"^port 7860 is in use; the page is at (http://127\.0\.0\.1:78\d\d)$"
+        url = wait_until(process, lambda: re.search(said, log.read_text(), re.MULTILINE))[1]
+        assert f'Client("{url}")' in requests.get(f"{url}/config", timeout=20).text.replace("\\", "")
+
+
+def test_the_page_asks_no_proxy_and_needs_no_streams(exported, tmp_path, app):
+    with Proxy() as proxy, socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+        probe.close()
+        named = dict.fromkeys(("http_proxy", "HTTPS_PROXY", "all_proxy"), proxy.url)
+        streams = {"redirected": "<&- >&-", "GRADIO_SERVER_PORT": port}
+        with opened(tmp_path, exported[0], **named, **streams) as (process, _):
+
+            def up():
+                with suppress(OSError):
+                    return requests.get(f"http://127.0.0.1:{port}/config", timeout=20)
+
+            assert wait_until(process, up).status_code == 200
+        assert proxy.requests == []
+
+
+def test_a_port_or_a_folder_that_cannot_be_had_is_one_line(exported, tmp_path, app):
+    port = app.url.rsplit(":", 1)[1]
+    as_anyone = ["setpriv", "--bounding-set=-net_bind_service"] if os.geteuid() == 0 else []
+    for limit, before, settings, message in (
+        ("", [], {"GRADIO_SERVER_PORT": port}, f"the page cannot be at 127.0.0.1:{port}: Address already in use;"),
+        ("", as_anyone, {"GRADIO_SERVER_PORT": "80"}, "the page cannot be at 127.0.0.1:80: Permission denied;"),
+        ("", [], {"GRADIO_SERVER_PORT": "80a"}, "GRADIO_SERVER_PORT is '80a', not a port"),
+        ("", [], {"GRADIO_SERVER_PORT": "70000"}, "GRADIO_SERVER_PORT is '70000', not a port"),
+        (
+            "",
+            [],
+            {"GRADIO_SERVER_NAME": "8.8.8.8"},
+            "the page cannot be at 8.8.8.8:7860: Cannot assign requested address",
+        ),
+        # no file can be written, as on a full disk
+        ("ulimit -f 0; ", [], {}, "no folder for uploads: No usable temporary directory"),
+    ):
+        command = [*before, "bash", "-c", f'{limit}exec "$@"', "bash", tiny_model.APP_PYTHON, ROOT / "app/app.py"]
+        environment = {"PATH": os.environ["PATH"], "TMPDIR": str(tmp_path), "MODEL_DIR": str(exported[0]), **settings}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1, done.stderr
+        assert done.stderr.startswith(f"error: {message}"), done.stderr
+        assert done.stderr.count("\n") == 1, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_app_sh_refuses_what_is_no_model(tmp_path):
@@ -339,6 +562,7 @@ def test_what_comes_in_over_a_slow_line_is_there_when_the_last_of_it_is(app, kno
 
 def test_nothing_that_was_uploaded_is_left(app, uploaded):
     """Last in this file, so that little is left to wait for."""
-    while kept := [path for path in app.uploads() if path.name == "mine.png" or path.name.startswith("tmp")]:
-        assert time.monotonic() - uploaded < KEPT_AT_MOST, kept
+    when, paths = uploaded
+    while kept := [path for path in paths if path.exists()]:
+        assert time.monotonic() - when < KEPT_AT_MOST, kept
         time.sleep(0.2)

@@ -177,7 +177,7 @@ def test_what_is_no_picture_gets_a_sentence_and_the_next_picture_an_answer(page,
     (tmp_path / "text.jpg").write_text("this is no picture\n")
     find(page, PICTURE).send_keys(str(tmp_path / "text.jpg"))
     alert = find(page, ".rn50-alert[role=alert]")
-    assert alert.text.startswith("This is not a picture in a format known here")
+    assert alert.text == "The file is text, not a picture."
     assert not page.find_elements(By.CSS_SELECTOR, ".rn50-result")
     page.find_element(By.CSS_SELECTOR, "#rn50-picture button[aria-label='Remove Image']").click()
     wait(page, lambda: page.find_elements(By.CSS_SELECTOR, ".rn50-empty"))
