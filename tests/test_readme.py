@@ -65,6 +65,9 @@ RUN_BY = {
         "write_dataset.py",
         "train_imagenet.py",
     ],
+    "test_check_data.py::test_a_good_set_is_found_good": [
+        ".venv/bin/python tools/check_data.py --data /data/betons",
+    ],
     "training/test_sam.py::test_the_recipes_run_from_end_to_end": [
         ".venv/bin/python train_imagenet.py --config-file rn50_configs/rn50_mild_28.yaml --data.dir=/data/betons "
         "--budget.max_dollars=8 --budget.instance=g5.xlarge",
