@@ -20,7 +20,7 @@ Section("model", "Network", SETTINGS).params(
     ema_half_life=Param(number(0), "steps in which EMA forgets half; 0: no EMA", default=0),
 )
 Section("training", "Optimisation", SETTINGS).params(
-    epochs=Param(whole(1), "epochs", required=True),
+    epochs=Param(whole(1, 10_000), "epochs", required=True),
     batch_size=Param(whole(1), "images per optimizer step over all GPUs", required=True),
     micro_batch=Param(whole(1), "images per forward pass on one GPU; BatchNorm sees these", required=True),
     momentum=Param(number(0, 1), "SGD momentum", default=0.9),
@@ -114,6 +114,9 @@ def check(cfg):
             f"resolution.end_ramp={resolution.end_ramp:g} is not before the last of training.epochs={training.epochs}: "
             f"no epoch would train at resolution.end={resolution.end}"
         )
+    smaller = min(resolution.start, resolution.end)
+    if resolution.multiple > smaller and resolution.start != resolution.end:
+        raise UsageError(f"resolution.multiple={resolution.multiple} is more than {smaller} px: it would round to nothing")
     if lr.warmup_epochs >= training.epochs:
         raise UsageError(f"lr.warmup_epochs={lr.warmup_epochs:g} leaves nothing of training.epochs={training.epochs}")
     if cfg.validation.headline_resolution not in cfg.validation.resolutions:

@@ -288,7 +288,7 @@ VALUES = st.one_of(
 )
 
 
-@settings(**FEW | {"max_examples": 10 * FEW["max_examples"]})
+@settings(**FEW | {"max_examples": 4 * FEW["max_examples"]})
 @given(values=st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=4), from_file=st.booleans())
 def test_any_settings_make_a_schedule_or_one_line(values, from_file):
     with tempfile.TemporaryDirectory() as folder:

@@ -11,8 +11,6 @@ the app with torchvision's transforms and PyTorch on image files.
 """
 
 import argparse
-import contextlib
-import io
 import json
 import re
 import shutil
@@ -25,13 +23,14 @@ from statistics import median
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 from tqdm import tqdm
 
 from rn50.augment import IMAGENET_MEAN, IMAGENET_STD, normalize
 from rn50.command import run
 from rn50.data import beton, writer
+from rn50.data.pictures import decode_image
 from rn50.data.sources import open_source
 from rn50.errors import RunError, UsageError
 from rn50.files import expanded, expanded_path, read_json
@@ -355,28 +354,31 @@ def compare_on_files(folder, network, images, count, config):
         raise RunError(f"{images}/val does not have the classes of the model")
     app, prepared = inference.Classifier(folder, file=export.NETWORK), config["preprocessing"]
     chosen = spread(len(source), count)
-    right, worst = {"app": 0, "pil": 0}, 0.0
+    right, worst, compared = {"app": 0, "pil": 0}, 0.0, 0
     for i in tqdm(chosen, disable=not sys.stderr.isatty(), unit="image", leave=False):
         label = source.item(i)[1]
         data = source.read(i)
-        ours = app.predict(data).logits
-        with Image.open(io.BytesIO(data)) as picture, torch.inference_mode():
-            upright = picture
-            with contextlib.suppress(Exception):  # damaged EXIF data is common and says nothing about the pixels
-                upright = ImageOps.exif_transpose(picture)  # as the .beton files and the app have it
-            theirs = network(evaluation_transform(upright.convert("RGB"), prepared)[None])[0].numpy()
+        try:
+            picture, ours = Image.fromarray(decode_image(data)), app.predict(data).logits
+        except ValueError:  # a picture that the converter leaves out, or of a kind that the page does not take
+            continue
+        compared += 1
+        with torch.inference_mode():
+            theirs = network(evaluation_transform(picture, prepared)[None])[0].numpy()
         worst = max(worst, float(np.abs(ours - theirs).max()))
         right["app"] += int(ours.argmax() == label)
         right["pil"] += int(theirs.argmax() == label)
-    shares = {name: 100 * number / len(chosen) for name, number in right.items()}
+    if not compared:
+        raise RunError(f"none of {len(chosen)} files tried from {images}/val can be decoded and is taken by the page")
+    shares = {name: 100 * number / compared for name, number in right.items()}
     headline = card.headline_row(config)
     if abs(shares["app"] - shares["pil"]) > FILE_POINTS or worst > FILE_LOGITS:
         raise RunError(
-            f"the app and a PIL evaluation of {len(chosen)} files disagree: {shares['app']:.2f} and "
+            f"the app and a PIL evaluation of {compared} files disagree: {shares['app']:.2f} and "
             f"{shares['pil']:.2f} % top-1, logits up to {worst:.1e} apart"
         )
     return {
-        "images": len(chosen),
+        "images": compared,
         "app_top1": shares["app"],
         "pil_top1": shares["pil"],
         "logits": worst,

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from rn50.publishing import card, export
 from rn50.training import checkpoint
 from tests import tiny_model
 from tests.conftest import ROOT
+from tests.odd_pictures import odd_pictures
 from tools import export_model
 
 sys.path.insert(0, str(ROOT / "app"))
@@ -42,7 +44,10 @@ def network_of(path, *, ema=True):
 
 @pytest.fixture(scope="module")
 def odd_files(textures, tmp_path_factory):
-    """Kaggle's form of a few validation images; in one the camera lay on its side, as in some of ImageNet's."""
+    """Kaggle's form of a few validation images; in one the camera lay on its side, as in some of ImageNet's.
+
+    One is transparent, which torchvision would show otherwise than the page, and one is cut off.
+    """
     root = tmp_path_factory.mktemp("odd")
     folder = root / "ILSVRC" / "Data" / "CLS-LOC" / "val"
     folder.mkdir(parents=True)
@@ -54,6 +59,9 @@ def odd_files(textures, tmp_path_factory):
             stored = picture.transpose(Image.Transpose.ROTATE_90) if k == 3 else picture
             stored.save(folder / f"image_{k}.JPEG", quality=95, exif=exif)
         rows.append(f"image_{k},{path.parent.name} 1 2 3 4")
+    for name in ("translucent.png", "xmp_6.jpeg", "plain_cut_0.6.jpeg"):
+        (folder / name).with_suffix(".JPEG").write_bytes(odd_pictures()[name].data)
+        rows.append(f"{Path(name).stem},{path.parent.name} 1 2 3 4")
     (root / "LOC_val_solution.csv").write_text("\n".join(rows))
     return root
 
@@ -260,6 +268,6 @@ def test_labels_of_other_betons_are_refused(tiny_checkpoint, betons, tmp_path, m
 
 
 def test_files_lying_on_their_side_and_in_any_form_are_compared(exported, odd_files, tiny_checkpoint, config):
-    measured = export_model.compare_on_files(exported[0], network_of(tiny_checkpoint), odd_files, 10, config)
-    assert measured["images"] == 10
+    measured = export_model.compare_on_files(exported[0], network_of(tiny_checkpoint), odd_files, 13, config)
+    assert measured["images"] == 12
     assert measured["logits"] <= 1e-3
