@@ -197,6 +197,9 @@ def jpegs():
     restarts = bytearray(encoded(picture(4, 256, 192), "JPEG", quality=95, restart_marker_blocks=2))
     marker = restarts.index(b"\xff\xd3")
     restarts[marker + 1] = 0xD5
+    before = bytes(restarts).replace(b"\xff\xd4", bytes(9) + b"\xff\xd4", 1)
+    before = before[:marker] + b"\xff\xd3" + before[marker + 2 :]
+    yield "stray_bytes_in_the_scan.jpeg", Odd(before, refused="damaged .*extraneous bytes before marker 0xd4")
     yield "restart_marker_changed.jpeg", Odd(bytes(restarts), refused="damaged")
     yield "two_colours.jpeg", Odd(odd_jpeg.encode(planes[:2], [(1, 1)] * 2), refused="JPEG of a kind")
     wide = bytearray(plain)

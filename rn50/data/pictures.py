@@ -5,6 +5,7 @@ which those two hide, and each picture gets a decompressor of its own, so nothin
 formats go through Pillow. docs/pictures.md lists what is read and what is refused.
 """
 
+import contextlib
 import io
 import re
 import warnings
@@ -93,18 +94,15 @@ def is_cmyk(data):
 
 def _decode_jpeg(data, max_pixels):
     """RGB, not turned yet; None where libjpeg-turbo's simple interface cannot read what Pillow may be able to."""
-    try:
+    with contextlib.suppress(ValueError):
         return _turbo(data, max_pixels)
-    except ValueError as error:
-        if isinstance(error, TooLarge):
-            raise
     mended = _mended(data)
     try:
         return _turbo(mended, max_pixels)
+    except TooLarge:
+        raise
     except ValueError as error:
         problem = str(error)
-        if isinstance(error, TooLarge):
-            raise
     if "subsampling" in problem:
         return None
     if STRAY_BYTES.search(problem):
