@@ -116,7 +116,7 @@ def check(cfg):
         )
     smaller = min(resolution.start, resolution.end)
     if resolution.multiple > smaller and resolution.start != resolution.end:
-        raise UsageError(f"resolution.multiple={resolution.multiple} is more than {smaller} px: it may round to nothing")
+        raise UsageError(f"resolution.multiple={resolution.multiple} is more than {smaller} px: it may round to 0")
     if lr.warmup_epochs >= training.epochs:
         raise UsageError(f"lr.warmup_epochs={lr.warmup_epochs:g} leaves nothing of training.epochs={training.epochs}")
     if cfg.validation.headline_resolution not in cfg.validation.resolutions:
