@@ -321,7 +321,7 @@ def workers(agent):
     [
         ({"resolution__start_ramp": 2, "resolution__end_ramp": 1}, ["resolution.start_ramp=2", "end_ramp=1"]),
         ({"resolution__end_ramp": 3}, ["resolution.end_ramp=3", "training.epochs=3"]),
-        ({"resolution__multiple": 112}, ["resolution.multiple=112", "48 px"]),
+        ({"resolution__multiple": 112}, ["resolution.multiple=112", "32 px"]),
         ({"training__batch_size": 50}, ["training.batch_size=50", "micro_batch=20"]),
         ({"lr__warmup_epochs": 3}, ["lr.warmup_epochs=3"]),
         ({"validation__headline_resolution": 224}, ["headline_resolution=224", "48,64"]),
