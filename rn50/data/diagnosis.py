@@ -1,4 +1,4 @@
-"""What the answers of a trained network say of stored images: labels, channels, sizes. Numpy alone.
+"""What the answers of a trained network say of stored images: labels, channels, sizes. Functions of numpy arrays.
 
 A cause is {cause: one word or two, text: a line for a person, certain}. One that is not certain matters only where the
 figure is not as published: small pictures may be all there is, and grey ones what they should be.
