@@ -250,6 +250,8 @@ def others():
     both = np.concatenate([deep[:, :, None], alpha], 2).reshape(HEIGHT, -1)
     yield "gray_alpha_16.png", Odd(sixteen(both, 4), gray_rgb)
     yield "float.tiff", Odd(encoded(image.convert("F"), "TIFF"), refused="floating-point|TIFF", page=False)
+    yield "bits_32.tiff", Odd(encoded(image.convert("I"), "TIFF"), refused="32-bit pixels|TIFF", page=False)
+    yield "gray_16.pgm", Odd(b"P5\n61 45\n65535\n" + deep.astype(">u2").tobytes(), gray_rgb, page=False)
     yield "cmyk.tiff", Odd(encoded(image.convert("CMYK"), "TIFF"), shown, near=2, page=False)
     yield "lzw.tiff", Odd(encoded(image, "TIFF", compression="tiff_lzw"), shown, page=False)
     yield "plain.bmp", Odd(encoded(image, "BMP"), shown)

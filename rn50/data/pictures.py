@@ -287,8 +287,9 @@ def _opaque(picture):
 
 
 def _to_rgb(picture):
-    if picture.mode == "F":
-        raise ValueError("the picture has floating-point pixels, whose brightness is not defined: convert it to 8 bits")
+    if picture.mode == "F" or (picture.mode == "I" and picture.format == "TIFF"):
+        kind = "floating-point" if picture.mode == "F" else "32-bit"
+        raise ValueError(f"the picture has {kind} pixels, whose brightness is not defined: convert it to 8 bits")
     if picture.mode.startswith("I"):
         # Pillow clips 16 bits at 255, which turns most of a 16-bit picture white.
         gray = np.asarray(picture)
