@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from rn50.data import beton, decode, encode, pictures, writer
+from rn50.data.verify import verify
 from rn50.errors import RunError
 from tests import odd_jpeg, tiny_model
 from tests.conftest import ROOT
@@ -186,7 +187,9 @@ def odd_beton(path):
 
 
 def test_the_training_decoder_keeps_nothing_either(tmp_path):
+    """Nor the verifier, whose threads take the pictures in any order."""
     info = odd_beton(tmp_path / "train_64.beton")
+    assert verify(info.path)[1] == []
 
     def decoded(samples, threads):
         decoder = decode.RandomCropDecoder(info, scale=(0.2, 1.0), seed=0, threads=threads)
