@@ -23,7 +23,7 @@ FORMAT = 1
 # read gigabytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
 # A decoded pixel takes up to 13 bytes for a moment.
-MAX_PIXELS = 40_000_000
+MAX_PIXELS = pictures.FULL_PIXELS
 MAX_BYTES = 20_000_000
 # Each scan of a JPEG goes over all of its pixels again, and may take 20 bytes. Programs write 10.
 MAX_SCANS = 100

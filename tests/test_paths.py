@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import pwd
 import sys
 from pathlib import Path
 
@@ -43,7 +44,8 @@ def home(tmp_path, monkeypatch):
 def test_a_path_is_what_a_shell_makes_of_it(home, monkeypatch):
     monkeypatch.setenv("QUOTED", "~/quoted")
     for text, meant in {
-        "~": home, "~/x": f"{home}/x", "~root/x": "/root/x", "$DATA/x": "/data/x", "${DATA}bis": "/databis",
+        "~": home, "~/x": f"{home}/x", "~root/x": f"{pwd.getpwnam('root').pw_dir}/x",
+        "$DATA/x": "/data/x", "${DATA}bis": "/databis",
         "$DATA$DATA": "/data/data", "é$DATAé": "é/dataé", "$EMPTY/x": "/x", "$QUOTED/x": f"{home}/quoted/x",
         "x/~/y": "x/~/y", "a~": "a~", "~no such user/x": "~no such user/x", "a$": "a$", "$5 bill": "$5 bill",
         "s3://bucket/$UNSET/~": "s3://bucket/$UNSET/~", "https://host/~me": "https://host/~me", ".": ".",

@@ -61,11 +61,6 @@ class FlatSource(Listing):
     def place(self, sample_id):
         return os.path.join(self.folder, sample_id.partition("/")[2])
 
-    def read(self, i):
-        """The file's bytes; OSError where it cannot be read."""
-        with open(self.place(self.item(i)[0]), "rb") as handle:
-            return handle.read()
-
 
 def find_labels(folder, image):
     """The Labels of the images in `folder`, one of which is `image`. RunError where there are none."""

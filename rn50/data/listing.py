@@ -70,6 +70,11 @@ class Listing:
         """Where a person finds the sample with this id."""
         return os.path.join(self.folder, sample_id)
 
+    def read(self, i):
+        """The file's bytes; OSError where it cannot be read."""
+        with open(self.place(self.item(i)[0]), "rb") as handle:
+            return handle.read()
+
     def digest(self):
         """sha256 over names, not contents: replacing one bad file must not throw away a half-written conversion."""
         listing = hashlib.sha256("\0".join(c["wnid"] for c in self.classes).encode(errors="surrogateescape"))
@@ -105,11 +110,6 @@ class ImageFolderSource(Listing):
                 raise RunError(f"{top} holds no images{held}; fill or remove it")
             self.ignored += left_out
         self._list(files, names)
-
-    def read(self, i):
-        """The file's bytes; OSError where it cannot be read."""
-        with open(self.place(self.item(i)[0]), "rb") as handle:
-            return handle.read()
 
 
 def images_below(top, left_out):

@@ -37,6 +37,7 @@ class TarSource(Listing):
     """
 
     kind = "ilsvrc-tar"
+    _open = None  # (number of the tar that was read last, its descriptor)
 
     def __init__(self, path, split, cache=None):
         self.folder = path
@@ -56,11 +57,18 @@ class TarSource(Listing):
     def read(self, i):
         """The member's bytes; OSError where the tar cannot be read."""
         number, offset, size = self._places[i].tolist()
-        with open(self._tars[number], "rb", buffering=0) as file:
-            data = os.pread(file.fileno(), size, offset)
+        if self._open is None or self._open[0] != number:
+            if self._open is not None:
+                os.close(self._open[1])
+            self._open = None  # also where the next line fails
+            self._open = number, os.open(self._tars[number], os.O_RDONLY)
+        data = os.pread(self._open[1], size, offset)
         if len(data) < size:
             raise OSError(f"{self._tars[number]} is shorter than it was")
         return data
+
+    def __getstate__(self):
+        return {**self.__dict__, "_open": None}
 
     def _index(self, split, cache):
         """(wnids, names, int64 [n, 3] of the tar's number, offset and size, ignored) of the members."""

@@ -70,7 +70,7 @@ def training_session(cfg):
                 raise
         except Stopped:
             raise
-        except Exception:
+        except Exception:  # also of what a stop leaves: its checkpoint may find that weights are not finite
             if session.checkpoints:
                 session.checkpoints.finish(FAILURE_PATIENCE)
             raise
