@@ -26,19 +26,29 @@ const int32_t rn50_layout[6] = {
 
 typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i8 __attribute__((vector_size(32)));
-typedef uint8_t b16 __attribute__((vector_size(16)));
+typedef int16_t s8 __attribute__((vector_size(16)));
+#define INLINE static inline __attribute__((always_inline)) /* so that constant arguments become constants */
 
-#define PEEK 10              /* bits of the first table lookup */
-#define SLOW 0x80            /* flag of an entry whose extra bits did not fit in PEEK */
-#define END_OF_BLOCK 128     /* added to a coefficient's number; more than any damage can add */
+#define DC_PEEK 9            /* bits that look up a code of DC */
+#define PEEK 11              /* bits that look up one or two coefficients */
+#define END_OF_BLOCK 128     /* added to a coefficient's number; more than two codes can add */
 #define SPARE (6 * 64 * 4)   /* bytes, more than one MCU takes: decoding may run that far past the end unnoticed */
 #define ENTRY 6              /* bytes of the table for each tile */
 #define FOOTER 5             /* bytes after the table: MCUs in a tile, and a mark */
 static const uint8_t MARK[4] = {'R', 'N', '5', '0'};
 
+struct code { uint8_t length, symbol; }; /* length 0: it is longer than what looked it up */
+
+/* The first two codes of AC with their values, or the first alone and a second step of 0: `bits` are both, a step is what
+ * it adds to the number of the coefficient. Where not even one fits, `bits` is 0 and `code` the first, if that fits. */
+struct pair {
+    uint8_t bits, first_bits, first_step, second_step;
+    union { int16_t values[2]; struct code code; };
+};
+
 struct huffman {
     uint8_t spec[16 + 256];      /* the counts and symbols it was built from */
-    uint32_t fast[1 << PEEK];    /* value << 16 | run << 8 | length, or symbol << 8 | SLOW | length, or 0 */
+    union { struct code codes[1 << DC_PEEK]; struct pair pairs[1 << PEEK]; };
     uint32_t limit[18];          /* the codes of a length are below it; aligned to 16 bits */
     int offset[17], symbols;     /* symbols is 0 until it is built */
 };
@@ -68,10 +78,11 @@ struct worker { /* of one thread */
 };
 
 /* A zigzag order, transposed because the inverse DCT transposes once; numbers past 63 lead to what nothing reads. */
-static const uint8_t PLACE[64 + 16] = {
+static const uint8_t PLACE[256] = {
     0,  8,  1,  2,  9,  16, 24, 17, 10, 3,  4,  11, 18, 25, 32, 40, 33, 26, 19, 12, 5,  6,  13, 20, 27, 34, 41,
     48, 56, 49, 42, 35, 28, 21, 14, 7,  15, 22, 29, 36, 43, 50, 57, 58, 51, 44, 37, 30, 23, 31, 38, 45, 52, 59,
-    60, 53, 46, 39, 47, 54, 61, 62, 55, 63, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64, 64,
+    60, 53, 46, 39, 47, 54, 61, 62, 55, 63,
+    [64 ... 255] = 64,
 };
 static const double AAN[8] = {1, 1.387039845, 1.306562965, 1.175875602, 1, 0.785694958, 0.541196100, 0.275899379};
 
@@ -115,31 +126,42 @@ static inline void spend(struct worker *worker, enum phase phase) {
 
 /* ------------------------------------------------------------------ header */
 
+static void build_pair(struct pair *pair, const struct code *codes, uint32_t bits) {
+    for (int n = 0; n < 2; n++) {
+        uint32_t left = bits << pair->bits & ((1u << PEEK) - 1);
+        struct code code = codes[left];
+        int size = code.symbol & 15, run = code.symbol >> 4, used = pair->bits + code.length + size;
+        if (!n) pair->code = code;
+        if (!code.length || used > PEEK) return;
+        int value = (int)(left >> (PEEK - code.length - size)) & ((1 << size) - 1);
+        if (value < 1 << size >> 1) value -= (1 << size) - 1;
+        pair->bits = (uint8_t)used;
+        uint8_t step = size || run == 15 ? (uint8_t)(run + 1) : END_OF_BLOCK;
+        if (!n) pair->first_bits = pair->bits, pair->first_step = step, pair->values[0] = pair->values[1] = (int16_t)value;
+        else pair->second_step = step, pair->values[1] = (int16_t)value;
+        if (step == END_OF_BLOCK) return;
+    }
+}
+
 static int build_huffman(struct huffman *table, const uint8_t *spec, int symbols, int is_ac) {
     if (table->symbols == symbols && !memcmp(table->spec, spec, 16 + (size_t)symbols)) return OK;
     memset(table, 0, sizeof *table);
     memcpy(table->spec, spec, 16 + (size_t)symbols);
+    int peek = is_ac ? PEEK : DC_PEEK;
+    struct code codes[1 << PEEK] = {0};
     uint32_t code = 0;
     for (int length = 1, index = 0; length <= 16; length++, code <<= 1) {
         table->offset[length] = index - (int)code;
         for (int i = 0; i < spec[length - 1]; i++, code++, index++) {
-            int symbol = spec[16 + index], size = symbol & 15, run = symbol >> 4, left = PEEK - length - size;
-            if (code >> length || (!is_ac && symbol > 11)) return UNSUPPORTED;
-            for (uint32_t rest = 0; length <= PEEK && rest < 1u << (PEEK - length); rest++) {
-                uint32_t entry = (uint32_t)symbol << 8 | SLOW | (uint32_t)length;
-                if (is_ac && !size) {
-                    entry = (uint32_t)(run == 15 ? 15 : END_OF_BLOCK) << 8 | (uint32_t)length;
-                } else if (left >= 0) {
-                    int value = (int)(rest >> left);
-                    if (size && value < 1 << (size - 1)) value -= (1 << size) - 1;
-                    entry = (uint32_t)value << 16 | (uint32_t)(is_ac ? run : 0) << 8 | (uint32_t)(length + size);
-                }
-                table->fast[code << (PEEK - length) | rest] = entry;
-            }
+            if (code >> length || (!is_ac && spec[16 + index] > 11)) return UNSUPPORTED;
+            for (uint32_t rest = 0; length <= peek && rest < 1u << (peek - length); rest++)
+                codes[code << (peek - length) | rest] = (struct code){(uint8_t)length, spec[16 + index]};
         }
         table->limit[length] = code << (16 - length);
     }
     table->limit[17] = UINT32_MAX;
+    if (!is_ac) memcpy(table->codes, codes, sizeof table->codes);
+    for (uint32_t bits = 0; is_ac && bits < 1u << PEEK; bits++) build_pair(&table->pairs[bits], codes, bits);
     table->symbols = symbols;
     return OK;
 }
@@ -222,90 +244,98 @@ static const uint8_t *unstuff(uint8_t *out, const uint8_t *from, const uint8_t *
     return out;
 }
 
+/* To 56 bits at least, without a branch that would be guessed wrong (Giesen, "Reading bits in far too many ways"). */
 static inline void refill(struct bits *bits) {
-    uint32_t word;
-    if (bits->count > 32) return;
-    memcpy(&word, bits->next, 4);
-    bits->buffer |= (uint64_t)__builtin_bswap32(word) << (32 - bits->count);
-    bits->next += 4, bits->count += 32;
+    uint64_t word;
+    memcpy(&word, bits->next, 8);
+    bits->buffer |= __builtin_bswap64(word) >> bits->count;
+    bits->next += (63 - bits->count) >> 3, bits->count |= 56;
 }
 
-static inline void skip(struct bits *bits, uint32_t count) { bits->buffer <<= count, bits->count -= (int)count; }
+static inline void skip(struct bits *bits, int count) { bits->buffer <<= count, bits->count -= count; }
 
 static inline int take_value(struct bits *bits, int size) {
-    if (!size) return 0;
-    int value = (int)(bits->buffer >> (64 - size));
-    skip(bits, (uint32_t)size);
-    return value < 1 << (size - 1) ? value - (1 << size) + 1 : value;
+    int value = (int)(bits->buffer >> 1 >> (63 - size)), negative = (int)(~bits->buffer >> 63);
+    skip(bits, size);
+    return value - (((1 << size) - 1) & -negative);
 }
 
-/* The symbol of a code that the first lookup did not settle, or -1. */
-static int slow_symbol(const struct huffman *table, struct bits *bits, uint32_t entry) {
-    uint32_t code = (uint32_t)(bits->buffer >> 48), length = entry ? entry & 0x3F : PEEK + 1;
-    while (!entry && code >= table->limit[length]) length++;
+/* The symbol of a code that is longer than `peek`, or -1. */
+static int take_long_code(const struct huffman *table, struct bits *bits, int peek) {
+    uint32_t code = (uint32_t)(bits->buffer >> 48);
+    int length = peek + 1;
+    while (code >= table->limit[length]) length++;
     if (length > 16) return -1;
     skip(bits, length);
-    return entry ? (int)(entry >> 8) : table->spec[16 + table->offset[length] + (int)(code >> (16 - length))];
+    return table->spec[16 + table->offset[length] + (int)(code >> (16 - length))];
+}
+
+static inline int take_code(const struct huffman *table, struct bits *bits, struct code code, int peek) {
+    if (__builtin_expect(!code.length, 0)) return refill(bits), take_long_code(table, bits, peek);
+    skip(bits, code.length);
+    return code.symbol;
 }
 
 /* One block of quantised coefficients into `block` (zeros until now); returns the number of the last one, or -1. */
-static inline int read_block(const struct component *part, struct bits *bits, int *dc, int32_t *block) {
-    int k = 1, last = 0, symbol;
-    refill(bits);
-    uint32_t entry = part->dc->fast[bits->buffer >> (64 - PEEK)];
-    if (entry && !(entry & SLOW)) {
-        skip(bits, entry & 0x3F);
-        *dc = (int16_t)(*dc + ((int32_t)entry >> 16));
-    } else {
-        if ((symbol = slow_symbol(part->dc, bits, entry)) < 0) return -1;
-        *dc = (int16_t)(*dc + take_value(bits, symbol));
-    }
-    block[0] = *dc;
-    while (k < 64) {
-        int value;
-        refill(bits);
-        entry = part->ac->fast[bits->buffer >> (64 - PEEK)];
-        if (__builtin_expect(entry && !(entry & SLOW), 1)) {
-            k += (int)(entry >> 8 & 0xFF);
-            skip(bits, entry & 0x3F);
-            if (k >= END_OF_BLOCK) break;
-            value = (int32_t)entry >> 16;
-        } else {
-            if ((symbol = slow_symbol(part->ac, bits, entry)) < 0) return -1;
-            if (!(symbol & 15) && symbol != 0xF0) break;
-            k += symbol >> 4;
-            value = take_value(bits, symbol & 15);
+static inline int read_block(const struct component *part, struct bits *stream, int *dc, int16_t *block) {
+    struct bits bits = *stream, before;
+    int k = 0, first, symbol;
+    refill(&bits);
+    if ((symbol = take_code(part->dc, &bits, part->dc->codes[bits.buffer >> (64 - DC_PEEK)], DC_PEEK)) < 0) return -1;
+    *dc = (int16_t)(*dc + take_value(&bits, symbol));
+    block[0] = (int16_t)*dc;
+    for (;;) {
+        refill(&bits);
+        for (int n = 0; n < 56 / PEEK; n++) {
+            struct pair pair = part->ac->pairs[bits.buffer >> (64 - PEEK)];
+            if (__builtin_expect(!pair.bits, 0)) {
+                if ((symbol = take_code(part->ac, &bits, pair.code, PEEK)) < 0) return -1;
+                refill(&bits);
+                if (!(symbol & 15) && symbol != 0xF0) goto end;
+                if ((k += (symbol >> 4) + 1) > 63) return -1;
+                block[PLACE[k]] = (int16_t)take_value(&bits, symbol & 15);
+                if (k == 63) goto end;
+                break;
+            }
+            before = bits, first = k + pair.first_step, k = first + pair.second_step;
+            block[PLACE[first]] = pair.values[0], block[PLACE[k]] = pair.values[1];
+            skip(&bits, pair.bits);
+            if (k < 63) continue;
+            if (first == 63) { /* what follows is another block's */
+                bits = before, k = 63;
+                skip(&bits, pair.first_bits);
+            } else if (k > 63) {
+                k -= END_OF_BLOCK;
+                if (k < 0 || k > 63) return -1;
+            }
+            goto end;
         }
-        if (k >= 64) return -1;
-        last = k;
-        block[PLACE[k++]] = value;
     }
-    return last;
+end:
+    *stream = bits;
+    return k;
 }
 
 /* ------------------------------------------------------------------ inverse DCT */
 
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (i8){__VA_ARGS__})
+#define MERGE_1(a, b, low, high) low = PICK(a, b, 0, 8, 1, 9, 4, 12, 5, 13), high = PICK(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define MERGE_2(a, b, low, high) low = PICK(a, b, 0, 1, 8, 9, 4, 5, 12, 13), high = PICK(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define MERGE_4(a, b, low, high) low = PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11), high = PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
 
-static inline void transpose(f8 r[8]) {
+/* Without loops, which would keep the vectors in memory. */
+INLINE void transpose(f8 r[8]) {
     f8 t[8], u[8];
-    for (int i = 0; i < 8; i += 2) {
-        t[i] = PICK(r[i], r[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-        t[i + 1] = PICK(r[i], r[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-    for (int i = 0; i < 8; i += i % 4 ? 3 : 1) {
-        int j = i % 4 ? i + 1 : i;
-        u[j] = PICK(t[i], t[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-        u[j + 1] = PICK(t[i], t[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = PICK(u[i], u[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        r[i + 4] = PICK(u[i], u[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
+    MERGE_1(r[0], r[1], t[0], t[1]), MERGE_1(r[2], r[3], t[2], t[3]);
+    MERGE_1(r[4], r[5], t[4], t[5]), MERGE_1(r[6], r[7], t[6], t[7]);
+    MERGE_2(t[0], t[2], u[0], u[1]), MERGE_2(t[1], t[3], u[2], u[3]);
+    MERGE_2(t[4], t[6], u[4], u[5]), MERGE_2(t[5], t[7], u[6], u[7]);
+    MERGE_4(u[0], u[4], r[0], r[4]), MERGE_4(u[1], u[5], r[1], r[5]);
+    MERGE_4(u[2], u[6], r[2], r[6]), MERGE_4(u[3], u[7], r[3], r[7]);
 }
 
 /* Arai, Agui and Nakajima's inverse DCT in one dimension, of eight columns at once. */
-static inline void idct(f8 x[8]) {
+INLINE void idct(f8 x[8]) {
     f8 a = x[0] + x[4], b = x[0] - x[4], d = x[2] + x[6], c = (x[2] - x[6]) * 1.414213562f - d;
     f8 e0 = a + d, e3 = a - d, e1 = b + c, e2 = b - c;
     f8 z13 = x[5] + x[3], z10 = x[5] - x[3], z11 = x[1] + x[7], z12 = x[1] - x[7], z5 = (z10 + z12) * 1.847759065f;
@@ -315,38 +345,66 @@ static inline void idct(f8 x[8]) {
     x[2] = e2 + o2, x[5] = e2 - o2, x[3] = e3 + o3, x[4] = e3 - o3;
 }
 
-/* Rounded and clamped. The loop is one that compilers turn into vector code. */
-static inline void to_bytes(const f8 values[4], uint8_t out[32]) {
-    const float *v = (const float *)values;
-    for (int i = 0; i < 32; i++) {
-        float x = v[i] + 0.5f;
-        x = x < 0 ? 0 : x;
-        x = x > 255 ? 255 : x;
-        out[i] = (uint8_t)(int)x;
-    }
+static inline f8 widen_16(const int16_t *p) {
+    s8 values;
+    memcpy(&values, p, sizeof values);
+#ifdef __AVX2__
+    return (f8)_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32((__m128i)values));
+#else
+    return __builtin_convertvector(values, f8);
+#endif
 }
 
-static inline void write_block(const int32_t *block, const float *scale, int last, uint8_t *out, int stride) {
-    f8 x[8], factors;
-    i8 row;
-    uint8_t bytes[64];
-    if (last) {
-        for (int i = 0; i < 8; i++) {
-            memcpy(&row, block + 8 * i, sizeof row);
-            memcpy(&factors, scale + 8 * i, sizeof factors);
-            x[i] = __builtin_convertvector(row, f8) * factors;
-        }
-        x[0][0] += 128;
-        idct(x);
-        transpose(x);
-        idct(x);
-        to_bytes(x, bytes);
-        to_bytes(x + 4, bytes + 32);
-    } else {
-        float level = (float)block[0] * scale[0] + 128.5f;
-        memset(bytes, level < 0 ? 0 : level > 255 ? 255 : (int)level, 64);
+static inline f8 widen_8(const uint8_t *p) {
+#ifdef __AVX2__
+    return (f8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+#else
+    return (f8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+#endif
+}
+
+static inline uint8_t to_byte(float x) { return x < 0 ? 0 : x > 254.5f ? 255 : (uint8_t)(int)(x + 0.5f); }
+
+#ifdef __AVX2__
+/* Rounded and clamped; four of the first vector, of the second, third and fourth, then the other four of each. */
+INLINE __m256i to_bytes(const f8 v[4]) {
+    __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)v[0]), _mm256_cvtps_epi32((__m256)v[1]));
+    __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32((__m256)v[2]), _mm256_cvtps_epi32((__m256)v[3]));
+    return _mm256_packus_epi16(a, b);
+}
+#endif
+
+/* The block of which only the first `side` rows and columns are not zero, as samples. */
+INLINE void write_square(const int16_t *block, const float *scale, int side, uint8_t *out, int stride) {
+    f8 x[8] = {0}, factors;
+    for (int i = 0; i < side; i++) {
+        memcpy(&factors, scale + 8 * i, sizeof factors);
+        x[i] = widen_16(block + 8 * i) * factors;
+    }
+    x[0][0] += 128;
+    idct(x);
+    transpose(x);
+    for (int i = side; i < 8; i++) x[i] = (f8){0};
+    idct(x);
+#ifdef __AVX2__
+    uint8_t bytes[64] __attribute__((aligned(32)));
+    for (int i = 0; i < 2; i++) {
+        __m256i rows = _mm256_permutevar8x32_epi32(to_bytes(x + 4 * i), _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        _mm256_store_si256((__m256i *)bytes + i, rows);
     }
     for (int y = 0; y < 8; y++) memcpy(out + y * stride, bytes + 8 * y, 8);
+#else
+    for (int y = 0; y < 8; y++)
+        for (int i = 0; i < 8; i++) out[y * stride + i] = to_byte(x[y][i]);
+#endif
+}
+
+/* last: the number of the last coefficient. Those before the tenth lie in the first four rows and columns. */
+static inline void write_block(const int16_t *block, const float *scale, int last, uint8_t *out, int stride) {
+    if (!last) {
+        for (int y = 0; y < 8; y++) memset(out + y * stride, to_byte((float)block[0] * scale[0] + 128), 8);
+    } else if (last < 10) write_square(block, scale, 4, out, stride);
+    else write_square(block, scale, 8, out, stride);
 }
 
 /* ------------------------------------------------------------------ a rectangle of a JPEG */
@@ -396,7 +454,7 @@ static int decode_rectangle(struct jpeg *jpeg, struct worker *worker, struct box
             limit = unstuff(clean, jpeg->scan + offset, jpeg->scan + bytes) + sizeof bits.buffer;
             bits = (struct bits){.next = clean};
             refill(&bits);
-            skip(&bits, first % 8);
+            skip(&bits, (int)(first % 8));
         }
         for (int x = begin; x < end; x++) {
             if (record && x % jpeg->tile == 0) {
@@ -412,16 +470,17 @@ static int decode_rectangle(struct jpeg *jpeg, struct worker *worker, struct box
             }
             for (int c = 0; c < jpeg->count; c++) {
                 struct component *part = &jpeg->part[c];
-                for (int block = 0; block < part->h * part->v; block++) {
-                    int32_t values[64 + 8] __attribute__((aligned(32)));
-                    memset(values, 0, 64 * sizeof *values);
-                    int last = read_block(part, &bits, &dc[c], values);
-                    if (last < 0) return CORRUPT;
-                    if (x < x0 || x >= x1 || y < y0 || record) continue;
-                    int row = (y - y0) * part->v + block / part->h, column = (x - x0) * part->h + block % part->h;
-                    write_block(values, part->scale, last, part->plane + 8 * ((ptrdiff_t)row * part->stride + column),
-                                part->stride);
-                }
+                for (int row = 0; row < part->v; row++)
+                    for (int column = 0; column < part->h; column++) {
+                        int16_t values[64 + 16] __attribute__((aligned(32)));
+                        for (int i = 0; i < 4; i++) ((i8 *)values)[i] = (i8){0}; /* memset is slower at such a size */
+                        int last = read_block(part, &bits, &dc[c], values);
+                        if (last < 0) return CORRUPT;
+                        if (x < x0 || x >= x1 || y < y0 || record) continue;
+                        ptrdiff_t down = (y - y0) * part->v + row, across = (x - x0) * part->h + column;
+                        write_block(values, part->scale, last, part->plane + 8 * (down * part->stride + across),
+                                    part->stride);
+                    }
             }
             if (bits.next > limit) return CORRUPT;
             if (!record || ((x + 1) % jpeg->tile && x + 1 < end)) continue;
@@ -445,13 +504,14 @@ struct axis { int taps, begin, end, *first; float *weights; }; /* out[i] = sum o
 struct plane { const uint8_t *data; int stride, x0, y0, h, v; }; /* h, v: subsampling */
 
 static inline int taps_of(double scale, int low, int high) {
-    int taps = 2 * (int)ceil(scale > 1 ? scale : 1) + 1;
+    int taps = (int)ceil(2 * (scale > 1 ? scale : 1));
     return taps < high - low ? taps : high - low;
 }
 
 /* Pillow's antialiased bilinear filter: output i covers [start + i * scale, start + (i + 1) * scale), and samples
- * outside [low, high) do not exist. `first` counts from `origin`. */
-static void make_axis(struct axis *axis, int size, double start, double scale, int low, int high, int origin) {
+ * outside [low, high) do not exist. `first` counts from `origin`. A mirrored axis has its outputs in reverse. */
+static void make_axis(struct axis *axis, int size, double start, double scale, int low, int high, int origin,
+                      int mirrored) {
     double support = scale > 1 ? scale : 1;
     for (int i = 0; i < size; i++) {
         double center = start + (i + 0.5) * scale;
@@ -459,7 +519,8 @@ static void make_axis(struct axis *axis, int size, double start, double scale, i
         begin = begin < low ? low : begin >= high ? high - 1 : begin;
         end = end > high ? high : end <= begin ? begin + 1 : end;
         int first = begin < high - axis->taps ? begin : high - axis->taps;
-        float *weights = axis->weights + (ptrdiff_t)i * axis->taps, sum = 0, per = (float)(1 / support);
+        int at = mirrored ? size - 1 - i : i;
+        float *weights = axis->weights + (ptrdiff_t)at * axis->taps, sum = 0, per = (float)(1 / support);
         for (int t = 0; t < axis->taps; t++) {
             float weight = 1 - fabsf((float)(first + t + 0.5 - center)) * per;
             weights[t] = weight > 0 && first + t >= begin && first + t < end ? weight : 0;
@@ -467,17 +528,10 @@ static void make_axis(struct axis *axis, int size, double start, double scale, i
         }
         if (sum <= 0) weights[begin - first] = sum = 1;
         for (int t = 0; t < axis->taps; t++) weights[t] /= sum;
-        axis->first[i] = first - origin;
+        axis->first[at] = first - origin;
+        if (!i) axis->begin = axis->first[at];
     }
-    axis->begin = axis->first[0], axis->end = axis->first[size - 1] + axis->taps;
-}
-
-static inline f8 widen(const uint8_t *p) {
-#ifdef __AVX2__
-    return (f8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
-#else
-    return (f8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
-#endif
+    axis->end = axis->first[mirrored ? 0 : size - 1] + axis->taps;
 }
 
 /* Eight rows of a plane, resized vertically, as columns[x][8] for the columns [begin, end). */
@@ -489,40 +543,51 @@ static void resize_rows(const struct plane *plane, const struct axis *axis, int 
             const uint8_t *p = plane->data + (ptrdiff_t)axis->first[y] * plane->stride + x;
             const float *weights = axis->weights + (ptrdiff_t)y * axis->taps;
             f8 sum = {0};
-            for (int t = 0; t < axis->taps; t++, p += plane->stride) sum += widen(p) * weights[t];
+            for (int t = 0; t < axis->taps; t++, p += plane->stride) sum += widen_8(p) * weights[t];
             columns[r] = sum;
         }
         transpose(columns);
     }
 }
 
-static inline f8 resize_column(const struct axis *axis, const f8 *columns, int i) {
-    const float *weights = axis->weights + (ptrdiff_t)i * axis->taps;
-    f8 sum = {0};
-    columns += axis->first[i] - axis->begin;
-    for (int t = 0; t < axis->taps; t++) sum += columns[t] * weights[t];
-    return sum;
+INLINE void weigh(const struct axis *axis, int taps, const f8 *columns, int from, int to, f8 *out) {
+    const float *weights = axis->weights + (ptrdiff_t)from * taps;
+    for (int i = from; i < to; i++, weights += taps) {
+        const f8 *in = columns + axis->first[i] - axis->begin;
+        f8 sum = in[0] * weights[0];
+        for (int t = 1; t < taps; t++) sum += in[t] * weights[t];
+        *out++ = sum;
+    }
 }
 
-#define BYTES(a, b, ...) __builtin_shuffle(a, b, (b16){__VA_ARGS__})
-
-/* columns[count][8] to eight rows of `count` bytes, of which the first `rows` are written. */
-static void write_rows(const uint8_t *columns, int count, int rows, uint8_t *out) {
-    for (int j = 0; j < count; j += 8) {
-        b16 q[4], pair[4], r[4];
-        memcpy(q, columns + 8 * j, 64);
-        for (int i = 0; i < 4; i++) q[i] = BYTES(q[i], q[i], 0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
-        for (int i = 0; i < 2; i++) {
-            pair[i] = BYTES(q[2 * i], q[2 * i + 1], 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23);
-            pair[i + 2] = BYTES(q[2 * i], q[2 * i + 1], 8, 9, 24, 25, 10, 11, 26, 27, 12, 13, 28, 29, 14, 15, 30, 31);
-        }
-        for (int i = 0; i < 4; i += 2) {
-            r[i] = BYTES(pair[i], pair[i + 1], 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-            r[i + 1] = BYTES(pair[i], pair[i + 1], 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-        }
-        for (int i = 0; i < rows; i++)
-            memcpy(out + (ptrdiff_t)i * count + j, (uint8_t *)r + 8 * i, count - j < 8 ? (size_t)(count - j) : 8);
+/* The outputs [from, to) of eight rows, from columns[x][8]. */
+static void resize_columns(const struct axis *axis, const f8 *columns, int from, int to, f8 *out) {
+    switch (axis->taps) {
+    case 2: return weigh(axis, 2, columns, from, to, out);
+    case 3: return weigh(axis, 3, columns, from, to, out);
+    case 4: return weigh(axis, 4, columns, from, to, out);
+    default: return weigh(axis, axis->taps, columns, from, to, out);
     }
+}
+
+/* Sixteen columns of eight rows to eight rows of sixteen bytes. */
+INLINE void write_rows(const f8 columns[16], uint8_t *out, ptrdiff_t stride) {
+#ifdef __AVX2__
+    const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+    __m256i v[4], w[4];
+    for (int i = 0; i < 4; i++) v[i] = _mm256_shuffle_epi8(to_bytes(columns + 4 * i), order);
+    for (int i = 0; i < 4; i += 2)
+        w[i] = _mm256_unpacklo_epi32(v[i], v[i + 1]), w[i + 1] = _mm256_unpackhi_epi32(v[i], v[i + 1]);
+    for (int i = 0; i < 2; i++)
+        v[2 * i] = _mm256_unpacklo_epi64(w[i], w[i + 2]), v[2 * i + 1] = _mm256_unpackhi_epi64(w[i], w[i + 2]);
+    for (int i = 0; i < 4; i++) {
+        _mm_storeu_si128((__m128i *)(out + i * stride), _mm256_castsi256_si128(v[i]));
+        _mm_storeu_si128((__m128i *)(out + (i + 4) * stride), _mm256_extracti128_si256(v[i], 1));
+    }
+#else
+    for (int row = 0; row < 8; row++)
+        for (int i = 0; i < 16; i++) out[row * stride + i] = to_byte(columns[i][row]);
+#endif
 }
 
 /* Planes (one: gray; three: YCbCr, or RGB already) to RGB [size, size, 3]. */
@@ -542,7 +607,8 @@ static int resize(const struct plane *planes, int count, int is_rgb, const struc
         room += (size_t)(limit[c].x1 - limit[c].x0 + 8);
     }
     float *free_numbers = grow(&worker->weights, numbers * sizeof(float));
-    f8 *columns[3] = {grow(&worker->rows, room * sizeof(f8) + (wide + 4) * 24)};
+    size_t stride = (wide + 15) / 16 * 48; /* of eight rows of output, which are written sixteen pixels at a time */
+    f8 *columns[3] = {grow(&worker->rows, room * sizeof(f8) + 8 * stride)};
     if (!free_numbers || !columns[0]) return NO_MEMORY;
     for (int c = 0; c < count; c++) {
         const struct plane *p = &planes[c];
@@ -552,8 +618,8 @@ static int resize(const struct plane *planes, int count, int is_rgb, const struc
             x[c].weights = free_numbers, y[c].weights = x[c].weights + wide * (size_t)x[c].taps;
             x[c].first = (int *)(y[c].weights + wide * (size_t)y[c].taps), y[c].first = x[c].first + wide;
             free_numbers = (float *)(y[c].first + wide);
-            make_axis(&x[c], size, crop->x / p->h, scale_x[c], limit[c].x0, limit[c].x1, p->x0);
-            make_axis(&y[c], size, crop->y / p->v, scale_y[c], limit[c].y0, limit[c].y1, p->y0);
+            make_axis(&x[c], size, crop->x / p->h, scale_x[c], limit[c].x0, limit[c].x1, p->x0, crop->flip);
+            make_axis(&y[c], size, crop->y / p->v, scale_y[c], limit[c].y0, limit[c].y1, p->y0, 0);
         }
         if (c) columns[c] = columns[c - 1] + (size_t)(x[c - 1].end - x[c - 1].begin + 7) / 8 * 8;
     }
@@ -562,21 +628,23 @@ static int resize(const struct plane *planes, int count, int is_rgb, const struc
         for (int c = 0; c < count; c++)
             resize_rows(&planes[c], &y[c], row, size, x[c].begin, x[c].end, columns[c]);
         spend(worker, ROWS);
-        for (int i = 0; i < size; i += 4) {
-            f8 rgb[4][3];
-            for (int k = 0; k < 4; k++) {
-                int column = i + k < size ? i + k : size - 1;
-                if (crop->flip) column = size - 1 - column;
-                for (int c = 0; c < 3; c++) rgb[k][c] = c < count ? resize_column(&x[c], columns[c], column) : rgb[k][0];
-                if (is_rgb || count == 1) continue;
-                f8 luma = rgb[k][0], cb = rgb[k][1] - 128.0f, cr = rgb[k][2] - 128.0f;
-                rgb[k][0] = luma + 1.402f * cr; /* JFIF's conversion, ITU-T T.871 */
-                rgb[k][1] = luma - 0.344136f * cb - 0.714136f * cr;
-                rgb[k][2] = luma + 1.772f * cb;
+        f8 in[3][16] = {0}, rgb[48];
+        for (int i = 0; i < size; i += 16) {
+            for (int c = 0; c < count; c++) resize_columns(&x[c], columns[c], i, size - i < 16 ? size : i + 16, in[c]);
+            for (int k = 0; k < 16; k++) {
+                f8 a = in[0][k], b = in[count / 2][k], c = in[count - 1][k], *pixel = rgb + 3 * k;
+                if (is_rgb || count == 1) {
+                    pixel[0] = a, pixel[1] = b, pixel[2] = c;
+                } else { /* JFIF's conversion, ITU-T T.871 */
+                    pixel[0] = a + 1.402f * (c - 128.0f);
+                    pixel[1] = a - 0.344136f * (b - 128.0f) - 0.714136f * (c - 128.0f);
+                    pixel[2] = a + 1.772f * (b - 128.0f);
+                }
             }
-            for (int k = 0; k < 3; k++) to_bytes((f8 *)rgb + 4 * k, strip + 24 * i + 32 * k);
+            for (int k = 0; k < 3; k++) write_rows(rgb + 16 * k, strip + 3 * i + 16 * k, (ptrdiff_t)stride);
         }
-        write_rows(strip, 3 * size, size - row < 8 ? size - row : 8, out + (size_t)row * 3 * wide);
+        for (int r = 0; r < 8 && row + r < size; r++)
+            memcpy(out + (size_t)(row + r) * 3 * wide, strip + (size_t)r * stride, 3 * wide);
         spend(worker, COLUMNS);
     }
     return OK;
