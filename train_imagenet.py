@@ -16,15 +16,12 @@ if __name__ == "__main__":
     interruption.catch_signals()  # importing torch takes seconds, in which a signal should not be lost
 
 import time
-from functools import partial
 
 import torch
 
 from rn50 import recipe
 from rn50.command import run
-from rn50.data import loaders
-from rn50.data.order import evaluation_share, rank_positions, steps_per_epoch
-from rn50.errors import RunError
+from rn50.data.loaders import EvaluationLoader, TrainingLoader
 from rn50.evaluate import evaluate
 from rn50.learner import Learner
 from rn50.machine import cores
@@ -84,74 +81,66 @@ def build(session):
     training, validation = cfg.training, cfg.validation
     common = {
         "device": session.device,
+        "rank": session.rank,
+        "world_size": session.world_size,
         "workers": cfg.data.workers or max(1, cores() // distributed.ranks_on_this_node()),
         "timeout": 60 * cfg.data.timeout_minutes,
     }
-    train_loader = partial(
-        loaders.training_loader,
-        batch_size=training.micro_batch,
-        crop_scale=cfg.data.crop_scale,
+    train_loader = TrainingLoader(
+        cfg.data.dir,
+        batch_size=training.batch_size,
+        micro_batch=training.micro_batch,
         seed=training.seed,
+        crop_scale=cfg.data.crop_scale,
+        rung=cfg.data.rung,
+        order=cfg.data.order,
         **common,
     )
-    val_loader = partial(
-        loaders.evaluation_loader, batch_size=validation.batch_size, crop_ratio=validation.crop_ratio, **common
+    val_loader = EvaluationLoader(
+        cfg.data.dir,
+        batch_size=validation.batch_size,
+        crop_ratio=validation.crop_ratio,
+        warn=session.warn,
+        **common,
     )
-    train_set = loaders.Ladder(cfg.data.dir, "train", train_loader)
-    val_set = loaders.Ladder(cfg.data.dir, "val", val_loader)
     learner = Learner(
         cfg,
-        classes=train_set.info.num_classes,
+        classes=train_loader.info.num_classes,
         device=session.device,
         rank=session.rank,
         world_size=session.world_size,
         total=distributed.total,
     )
-    session.attach(learner, train_set, val_set)
+    session.attach(learner, train_loader, val_loader)
 
 
 def train_one_epoch(session):
     """The steps of the epoch that are left; returns the epoch's row of the log."""
     cfg, progress = session.cfg, session.progress
-    batch_size, micro_batch = cfg.training.batch_size, cfg.training.micro_batch
     epoch = progress.epoch
     px = recipe.resolution(cfg, epoch)
-    side = loaders.training_rung(session.train.rungs, px, cfg.data.rung)
-    images = session.train.rungs[side].num_samples
-    steps = progress.epoch_steps = steps_per_epoch(images, batch_size)
-    if steps == 0:
-        raise RunError(f"training.batch_size={batch_size} is more than the {images} images there are")
+    side = session.train.side(px)
+    steps = progress.epoch_steps = session.train.steps_per_epoch
     if progress.epoch_step < steps:
-        with session.fitting(f"{px} px with training.micro_batch={micro_batch}"):
-            train_steps(session, side, px, steps)
+        with session.fitting(f"{px} px with training.micro_batch={cfg.training.micro_batch}"):
+            train_steps(session, px, steps)
     return session.training_row(resolution=px, rung=side, lr=recipe.learning_rate(cfg, epoch + (steps - 1) / steps))
 
 
-def train_steps(session, side, px, steps):
-    """The steps that are left of the `steps` of an epoch, at `px` pixels, from the images of rung `side`."""
-    cfg, progress, learner = session.cfg, session.progress, session.learner
-    training, epoch, info = cfg.training, progress.epoch, session.train.rungs[side]
-    kind = loaders.choose_order(info, cfg.data.order)
-    mine = rank_positions(
-        loaders.epoch_order(info, kind, seed=training.seed, epoch=epoch),
-        batch_size=training.batch_size,
-        micro_batch=training.micro_batch,
-        rank=session.rank,
-        world_size=session.world_size,
-        first_step=progress.epoch_step,
-    )
-    accumulation = training.batch_size // (training.micro_batch * session.world_size)
+def train_steps(session, px, steps):
+    """The steps that are left of the `steps` of an epoch, at `px` pixels."""
+    cfg, progress, learner, loader = session.cfg, session.progress, session.learner, session.train
+    epoch = progress.epoch
     learner.train()
     torch.cuda.empty_cache()  # of pieces in the sizes of another resolution; nothing where there is no GPU
-    with (
-        session.train.loader(side).batches(mine, px, epoch=epoch, read_ahead=kind == "page") as batches,
-        session.steps(px, steps),
-    ):
-        micro_batches = session.micro_batches(batches, mine.reshape(-1, training.micro_batch))
+    loader.seek(epoch, progress.epoch_step, progress.reading)
+    with loader.batches(px) as batches, session.steps(px, steps):
+        progress.reading = loader.reading
+        micro_batches = session.micro_batches(batches)
         for step in range(progress.epoch_step, steps):
             rate = recipe.learning_rate(cfg, epoch + step / steps)
             loss = learner.step(
-                micro_batches, accumulation=accumulation, learning_rate=rate, epoch=epoch, step=progress.step
+                micro_batches, accumulation=loader.accumulation, learning_rate=rate, epoch=epoch, step=progress.step
             )
             session.after_step(loss, rate)
     session.stop_if_asked()
@@ -159,22 +148,16 @@ def train_steps(session, side, px, steps):
 
 def evaluate_at(session, px, flip):
     """Figures of the EMA's weights, or of the network's where there is no EMA: {view: figures}."""
-    validation, learner = session.cfg.validation, session.learner
-    side = loaders.validation_rung(session.val.rungs, px, validation.crop_ratio, warn=session.warn)
-    samples = session.val.rungs[side].num_samples
-    share = evaluation_share(samples, rank=session.rank, world_size=session.world_size)
-    # rank 0 has the largest share; all ask as often as it does, or they would not ask together
-    largest = len(evaluation_share(samples, rank=0, world_size=session.world_size))
-    rounds = -(-largest // validation.batch_size)
+    learner, loader = session.learner, session.val
     network = learner.evaluated()
     distributed.share_buffers(network)
     with (
-        session.fitting(f"{px} px with validation.batch_size={validation.batch_size}"),
-        session.val.loader(side).batches(share, px) as batches,
+        session.fitting(f"{px} px with validation.batch_size={loader.batch_size}"),
+        loader.batches(px) as batches,
     ):
         return evaluate(
             network,
-            session.until_stopped(batches, rounds),
+            session.until_stopped(batches, loader.rounds),
             classes=session.train.info.num_classes,
             device=session.device,
             autocast=learner.autocast,

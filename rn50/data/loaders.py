@@ -1,38 +1,30 @@
-"""FFCV loaders that cannot hang: errors reach the training loop, threads are always joined.
+"""Batches of a ladder of .beton files: TrainingLoader and EvaluationLoader, and what they are made of.
 
-FFCV 1.0.2 loses an exception of its loader thread (`next` then blocks for ever), leaks the thread and its
-buffers when an iterator is abandoned, and sets torch's thread count as it is imported and built.
+docs/loader.md shows how another training script uses them; train_imagenet.py uses the same.
 """
 
-import os
-import queue
-import time
+import warnings
 from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 from rn50 import schedules
-from rn50.data.beton import check_other_split, read_info, refuse_mixed
-from rn50.data.decode import CenterCropDecoder, LabelDecoder, RandomCropDecoder
-from rn50.data.order import page_aware_order, random_order
-from rn50.data.stock import (
-    Compiler,
-    EpochIterator,
-    Graph,
-    IntField,
-    Loader,
-    PipelineSpec,
-    RGBImageField,
-    ToDevice,
-    ToTensor,
-    ToTorchImage,
-    epoch_iterator,
+from rn50.data.beton import check_other_split, fingerprint, read_info, refuse_mixed
+from rn50.data.beton_loader import BetonLoader
+from rn50.data.decode import CenterCropDecoder, RandomCropDecoder
+from rn50.data.order import (
+    PAGES_IN_WINDOW,
+    evaluation_share,
+    page_aware_order,
+    random_order,
+    rank_positions,
+    steps_per_epoch,
 )
-from rn50.errors import RunError
-from rn50.machine import memory_bytes
+from rn50.errors import RunError, UsageError
+from rn50.machine import cores, memory_bytes
 
 # A rung's short side over the evaluation's resolution from which a smaller stored image is taken to lose nothing.
 # Networks lost 0.8 to 1.5 points when evaluated from images of the evaluation's size, -0.1 to 0.5 from images 1.6 times
@@ -40,9 +32,8 @@ from rn50.machine import memory_bytes
 EVALUATION_MARGIN = 1.6
 # Above this share of memory the page cache cannot hold the file beside what training needs.
 RANDOM_ORDER_MEMORY_SHARE = 0.6
-PAGES_IN_WINDOW = 64
-# Seconds that a loader thread gets to finish the batch it is at.
-STOP_PATIENCE = 10.0
+# What a state of TrainingLoader holds beside the settings and files that the next loader must share.
+POSITION = ("epoch", "step", "reading")
 
 
 def find_rungs(folder, split):
@@ -151,7 +142,7 @@ def evaluation_loader(info, *, batch_size, crop_ratio, device, workers, timeout)
 
 
 class Ladder:
-    """The rungs of one split, {max side: BetonInfo}, and one loader for each that is ever read."""
+    """The rungs of one split, {max side: BetonInfo}, and one BetonLoader for each that is ever read."""
 
     def __init__(self, folder, split, make_loader):
         self.rungs = find_rungs(folder, split)
@@ -162,189 +153,195 @@ class Ladder:
         """The largest rung's; classes and number of images are the same in all."""
         return self.rungs[max(self.rungs)]
 
-    def loader(self, side):
+    @cached_property
+    def fingerprints(self):
+        """{name of a rung's file: what changes with its images}."""
+        return {Path(info.path).name: fingerprint(info) for info in self.rungs.values()}
+
+    def _loader(self, side):
         if side not in self._loaders:
             self._loaders[side] = self._make_loader(self.rungs[side])
         return self._loaders[side]
 
 
-class BetonLoader:
-    """One FFCV loader for one file, kept for the whole run: samples, epoch and resolution are given per pass.
+class TrainingLoader(Ladder):
+    """One rank's training images from folder/train_SIZE.beton, epoch by epoch; resumes at any step.
 
-    `timeout`: seconds after which a batch that has not come is an error.
+    batch_size: images of an optimizer step, over all ranks. micro_batch: images of one batch, by default this rank's
+    part of a step; a smaller one gives `accumulation` batches a step. crop_scale: range of a random crop's share of the
+    area. rung: the SIZE to read, or `auto` (schedules.rung). order: `random`, `page` for files beyond memory, or `auto`
+    (choose_order). workers: decoding threads, 0 for as many as cores. timeout: seconds after which a batch that has not
+    come is an error. UsageError where one of these is impossible, RunError where a file cannot be used.
+
+    `epoch` and `step`, whole numbers from 0, are where reading goes on: they count steps that were handed out whole.
+    `reading`, {"rung": SIZE, "order": "random" or "page"}, is what the epoch was begun with; None before the first.
     """
 
-    def __init__(self, info, decoder, *, batch_size, device, timeout):
-        self.info, self.decoder, self.timeout = info, decoder, timeout
-        # FFCV asks whether there is a GPU, not whether the batches go there; in a forked process CUDA cannot begin
-        epoch_iterator.IS_CUDA = device.type == "cuda"
-        to_device = ToDevice(device, non_blocking=True)
-        self.loader = _Loader(
-            {
-                "image": [decoder, ToTensor(), to_device, ToTorchImage()],
-                "label": [LabelDecoder(info), ToTensor(), ToDevice(device, non_blocking=True)],
-            },
-            batch_size=batch_size,
-            read_ahead=_ReadAhead(info),
+    def __init__(
+        self,
+        folder,
+        *,
+        batch_size,
+        device,
+        micro_batch=None,
+        rank=0,
+        world_size=1,
+        seed=0,
+        crop_scale=(0.08, 1.0),
+        rung="auto",
+        order="auto",
+        workers=0,
+        timeout=300.0,
+    ):
+        _check_rank(rank, world_size)
+        micro_batch = batch_size // world_size if micro_batch is None else micro_batch
+        if min(batch_size, micro_batch) < 1 or batch_size % (micro_batch * world_size):
+            raise UsageError(
+                f"batch_size={batch_size} is not a multiple of micro_batch={micro_batch} x world_size={world_size}"
+            )
+        if order not in ("auto", "random", "page"):
+            raise UsageError(f"order={order} is none of auto, random and page")
+        crop_scale = [float(share) for share in crop_scale]
+        make_loader = partial(
+            training_loader,
+            batch_size=micro_batch,
+            crop_scale=crop_scale,
+            seed=seed,
+            device=torch.device(device),
+            workers=workers or cores(),
+            timeout=timeout,
         )
+        super().__init__(folder, "train", make_loader)
+        self.batch_size, self.micro_batch, self.rank, self.world_size = batch_size, micro_batch, rank, world_size
+        self.accumulation = batch_size // (micro_batch * world_size)
+        self._settings = {"seed": seed, "batch_size": batch_size, "micro_batch": micro_batch}
+        self._settings |= {"crop_scale": crop_scale, "rung": rung, "order": order}
+        self.seek(0)
+
+    @property
+    def steps_per_epoch(self):
+        """At least 1; images that fill no whole step are left out. RunError where there are fewer than batch_size."""
+        images = self.info.num_samples
+        if images < self.batch_size:
+            raise RunError(f"batch_size={self.batch_size} is more than the {images} images there are")
+        return steps_per_epoch(images, self.batch_size)
+
+    def side(self, resolution):
+        """Which rung an epoch at `resolution` px reads: the max side of its images, in pixels."""
+        return training_rung(self.rungs, resolution, self._settings["rung"])
 
     @contextmanager
-    def batches(self, samples, resolution, *, epoch=0, read_ahead=False):
-        """`with loader.batches(samples, resolution) as batches:` iterates over the sample indices in that order.
+    def batches(self, resolution):
+        """`with loader.batches(128) as batches:` iterates over what is left of this epoch for this rank.
 
-        Yields (images uint8 [n, 3, resolution, resolution] channels_last, labels int64 [n]) on the device, valid
-        until the next batch is asked for. `epoch` chooses the crops of a training loader. `read_ahead`: `samples` go
-        page by page, so the pages that come next are worth reading now. Whatever ends the block, the loader thread is
-        joined. Raises RunError if the thread fails or no batch comes for `timeout` seconds.
+        Yields (images uint8 [micro_batch, 3, resolution, resolution] channels_last, labels int64 [micro_batch], samples
+        int64 [micro_batch]): images and labels on the device, valid until the next batch is asked for; samples, in
+        numpy, the images' numbers in the file, from which rn50.seeded draws augmentation that resuming does not change.
+        With the epoch's last batch `epoch` counts up. The block may be left at any time and in any way: its thread is
+        joined, and the next block goes on at the first step that was not handed out whole, from the file and in the
+        order that the epoch was begun with. RunError where reading fails.
         """
-        self.decoder.size, self.decoder.epoch = resolution, epoch
-        self.loader.memory_manager.enabled = read_ahead
-        torch_threads = torch.get_num_threads()
-        # the thread could not write into buffers that a caller's inference mode had made
-        with torch.inference_mode(False):
-            iterator = _Iterator(self.loader, samples)
-        torch.set_num_threads(torch_threads)
-        try:
-            yield self._guarded(iterator)
-        finally:
-            iterator.stop()
+        steps = self.steps_per_epoch
+        if not self.step or self.reading is None:
+            side = self.side(resolution)
+            self.reading = {"rung": side, "order": choose_order(self.rungs[side], self._settings["order"])}
+        side, order = self.reading["rung"], self.reading["order"]
+        mine = rank_positions(
+            epoch_order(self.rungs[side], order, seed=self._settings["seed"], epoch=self.epoch),
+            batch_size=self.batch_size,
+            micro_batch=self.micro_batch,
+            rank=self.rank,
+            world_size=self.world_size,
+            first_step=self.step,
+        )
+        with self._loader(side).batches(mine, resolution, epoch=self.epoch, read_ahead=order == "page") as batches:
+            yield self._counted(batches, mine.reshape(-1, self.micro_batch), steps)
 
-    def _guarded(self, iterator):
-        waiting_since = time.monotonic()
-        while True:
-            try:
-                item = iterator.output_queue.get(timeout=0.2)
-            except queue.Empty:
-                if not iterator.is_alive() and iterator.output_queue.empty():
-                    raise RunError(f"reading {self.info.path} failed: {iterator.describe_error()}") from iterator.error
-                if time.monotonic() - waiting_since > self.timeout:
-                    raise RunError(
-                        f"no batch from {self.info.path} for {self.timeout:.0f} s: the disk is too slow or gone, "
-                        "or data.timeout_minutes is too small"
-                    ) from None
-                continue
-            if item is None:
-                return
-            images, labels = iterator.received(item)
-            yield images, labels.view(-1)
-            waiting_since = time.monotonic()
+    def _counted(self, batches, samples, steps):
+        epoch, first = self.epoch, self.step
+        for number, ((images, labels), those) in enumerate(zip(batches, samples, strict=True), start=1):
+            # before handing the batch out: a state that is asked for after a step's last batch is to count the step
+            epochs, self.step = divmod(first + number // self.accumulation, steps)
+            self.epoch = epoch + epochs
+            yield images, labels, those
+
+    def seek(self, epoch, step=0, reading=None):
+        """Go on at `step`, below steps_per_epoch, of `epoch`, as `reading` says; None: as for a new epoch."""
+        self.epoch, self.step, self.reading = epoch, step, reading
+
+    def state_dict(self):
+        """Where reading goes on, and what the loader that goes on must share, in values that JSON has.
+
+        The same on every rank, for any number of them. Batches count that were handed out, not those read ahead;
+        between two batches of one step it is that step's begin.
+        """
+        reading = self.reading if self.step else None
+        return {"epoch": self.epoch, "step": self.step, "reading": reading, **self._settings, **self.fingerprints}
+
+    def load_state_dict(self, state):
+        """Go on where `state` was taken. RunError names what does not fit: a setting that changes batches, or a file.
+
+        device, rank, world_size, workers and timeout may be others, and so may the folder's path.
+        """
+        fixed = self._settings | self.fingerprints
+        for key in fixed | state:
+            theirs, mine = state.get(key, "missing"), fixed.get(key, "missing")
+            if key not in POSITION and theirs != mine:
+                raise RunError(f"the state is another loader's: {key} is {theirs} in it, and {mine} here")
+        self.seek(state["epoch"], state["step"], state["reading"])
 
 
-class _Loader(Loader):
-    """FFCV's pipeline for decoders that need no compiling.
+class EvaluationLoader(Ladder):
+    """One rank's images of folder/val_SIZE.beton: every image once over all ranks, for any number of them.
 
-    Loader.__init__ is not called: it fills Python dictionaries with every sample (half a gigabyte for ImageNet) and
-    compiles for ten seconds.
+    batch_size: images at a time. crop_ratio: side of the centre crop over the resized short side. workers, timeout: as
+    TrainingLoader's. warn: is told where images are enlarged. UsageError or RunError as there.
     """
 
-    def __init__(self, pipelines, *, batch_size, read_ahead):
-        self.batch_size, self.batches_ahead, self.num_workers = batch_size, 3, 1
-        self.memory_manager = read_ahead
-        self.reader = SimpleNamespace(metadata={"f0": None, "f1": None})
-        specs = {name: PipelineSpec(name, transforms=operations) for name, operations in pipelines.items()}
-        handlers, numbers = {"image": RGBImageField(), "label": IntField()}, {"image": 0, "label": 1}
-        self.graph = Graph(specs, handlers, numbers, self.reader.metadata, None)
-        compiling = Compiler.is_enabled
-        Compiler.set_enabled(False)
-        try:
-            self.generate_code()
-        finally:
-            Compiler.set_enabled(compiling)
+    def __init__(
+        self,
+        folder,
+        *,
+        batch_size,
+        device,
+        crop_ratio=0.875,
+        rank=0,
+        world_size=1,
+        workers=0,
+        timeout=300.0,
+        warn=warnings.warn,
+    ):
+        _check_rank(rank, world_size)
+        make_loader = partial(
+            evaluation_loader,
+            batch_size=batch_size,
+            crop_ratio=crop_ratio,
+            device=torch.device(device),
+            workers=workers or cores(),
+            timeout=timeout,
+        )
+        super().__init__(folder, "val", make_loader)
+        self.batch_size, self.crop_ratio, self.rank, self.world_size = batch_size, crop_ratio, rank, world_size
+        self._warn = warn
+
+    @property
+    def rounds(self):
+        """Batches of rank 0, whose share is the largest: ranks that agree on something before each do so as often."""
+        return -(-len(self._share(0)) // self.batch_size)
+
+    def batches(self, resolution):
+        """`with loader.batches(224) as batches:` iterates over this rank's share, in the file's order.
+
+        Yields (images uint8 [n, 3, resolution, resolution] channels_last, labels int64 [n]) on the device, valid until
+        the next batch is asked for; n is batch_size, and in the last batch what is left. Ends as TrainingLoader's.
+        """
+        side = validation_rung(self.rungs, resolution, self.crop_ratio, warn=self._warn)
+        return self._loader(side).batches(self._share(self.rank), resolution)
+
+    def _share(self, rank):
+        return evaluation_share(self.info.num_samples, rank=rank, world_size=self.world_size)
 
 
-class _ReadAhead:
-    """In FFCV's place for a memory manager: asks the system for the pages of the next window while this one is read.
-
-    Pages come evenly over the epoch, a window (PAGES_IN_WINDOW) before they are needed.
-    """
-
-    state = None
-
-    def __init__(self, info):
-        self._file = os.open(info.path, os.O_RDONLY)
-        self._page_size, self._page_of = info.page_size, info.data_ptrs // info.page_size
-        self.enabled = False
-
-    def schedule_epoch(self, batches):
-        self._pages, self._asked, self._batches = [], 0, len(batches)
-        if self.enabled:
-            pages = self._page_of[np.concatenate(batches)]
-            _, first = np.unique(pages, return_index=True)
-            self._pages = pages[np.sort(first)].tolist()
-        return self
-
-    def start_batch(self, number):
-        wanted = PAGES_IN_WINDOW + len(self._pages) * (number + 1) // self._batches
-        for page in self._pages[self._asked : wanted]:
-            os.posix_fadvise(self._file, page * self._page_size, self._page_size, os.POSIX_FADV_WILLNEED)
-        self._asked = max(self._asked, wanted)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        return None
-
-    def __del__(self):
-        os.close(self._file)
-
-
-class _Iterator(EpochIterator):
-    error = None
-
-    def start(self):
-        self._copied = [None] * len(self.cuda_streams)
-        for stream in self._streams():
-            # FFCV's buffers are of memory that work under way may still use
-            stream.wait_stream(self.current_stream)
-        super().start()
-
-    def run(self):
-        try:
-            for stream in self._streams()[:1]:
-                # a thread begins at GPU 0 and would open a context there
-                torch.cuda.set_device(stream.device)
-            super().run()
-        except BaseException as error:
-            self.error = error
-
-    def run_pipeline(self, b_ix, batch_indices, batch_slot, cuda_event):
-        # FFCV has the GPU wait before it overwrites a batch there. The pinned memory that the batch was copied from is
-        # written by the host, which may be several batches ahead of the GPU.
-        if self._copied[batch_slot] is not None:
-            self._copied[batch_slot].synchronize()
-        result = super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
-        if self._streams():
-            # blocking: sleep while waiting, where others decode
-            self._copied[batch_slot] = torch.cuda.Event(blocking=True)
-            self._copied[batch_slot].record(self.cuda_streams[batch_slot])
-        return result
-
-    def _streams(self):
-        return [stream for stream in self.cuda_streams if stream is not None]
-
-    def describe_error(self):
-        return f"{type(self.error).__name__}: {self.error}" if self.error else "the loader thread ended early"
-
-    def received(self, item):
-        """What EpochIterator.__next__ does with an item of the queue: wait for its copy to the device."""
-        slot, result = item
-        if self.cuda_streams[slot] is not None:
-            self.current_stream.wait_stream(self.cuda_streams[slot])
-        return result
-
-    def stop(self):
-        """End the thread wherever it is and let its buffers go; one that is stuck in a read is left behind."""
-        self.close()
-        give_up = time.monotonic() + STOP_PATIENCE
-        while self.is_alive() and time.monotonic() < give_up:
-            # the thread's last put has no timeout: make room for it
-            try:
-                self.output_queue.get_nowait()
-            except queue.Empty:
-                self.join(timeout=0.05)
-        self.closed = True
-        # torch would give the buffers to others while a batch that nobody asked for is still copied
-        while not all(stream.query() for stream in self._streams()) and time.monotonic() < give_up:
-            time.sleep(0.01)
-        self.memory_allocations = None
+def _check_rank(rank, world_size):
+    if not 0 <= rank < world_size:
+        raise UsageError(f"rank={rank} is not one of those that world_size={world_size} has, which count from 0")

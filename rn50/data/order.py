@@ -2,6 +2,9 @@
 
 import numpy as np
 
+# Pages of a .beton file that are in play at a time, in page-aware order.
+PAGES_IN_WINDOW = 64
+
 
 def steps_per_epoch(num_samples, batch_size):
     """Whole optimizer steps in an epoch; the rest of the order is left for another epoch's shuffle."""

@@ -30,6 +30,7 @@ class Progress:
     dollars: float = 0.0
     rows: list = field(default_factory=list)  # of the log
     # of the epoch that is not done
+    reading: dict | None = None  # TrainingLoader.reading: on a machine with other memory it might be chosen otherwise
     first_batch: dict | None = None  # what the network was given: resolution, layout, dtype
     loss_sum: torch.Tensor | float = 0.0
     epoch_seconds: float = 0.0
@@ -58,7 +59,7 @@ class Progress:
         self.cpu_seconds += cpu_seconds
 
     def next_epoch(self):
-        self.epoch, self.epoch_step = self.epoch + 1, 0
+        self.epoch, self.epoch_step, self.reading = self.epoch + 1, 0, None
         self.loss_sum = self.epoch_seconds = self.waiting_seconds = self.cpu_seconds = 0.0
 
 

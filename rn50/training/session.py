@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from rn50 import config, recipe
 from rn50.data import loaders
-from rn50.data.beton import fingerprint, refuse_others
+from rn50.data.beton import refuse_others
 from rn50.errors import RunError, Stopped, UsageError
 from rn50.evaluate import report_lines
 from rn50.learner import COMPILE_ERRORS, graphs
@@ -118,9 +118,9 @@ class Session:
             raise RunError(claim.refusal)
 
     def attach(self, learner, train, val):
-        """What the run is of: its Learner and the two Ladders."""
+        """What the run is of: its Learner, TrainingLoader and EvaluationLoader."""
         self.learner, self.train, self.val = learner, train, val
-        self.betons = {Path(info.path).name: fingerprint(info) for info in [*train.rungs.values(), *val.rungs.values()]}
+        self.betons = train.fingerprints | val.fingerprints
 
     # --- Beginning ---------------------------------------------------------------------------------------------------
 
@@ -274,15 +274,14 @@ class Session:
             self._count_time()
         self._bar = None
 
-    def micro_batches(self, batches, samples):
-        """Yields (images, labels, samples) of `batches`, and notes how long the device waits for each.
-
-        samples: int64 [micro-batches, n], the images of each.
-        """
-        for those in samples:
+    def micro_batches(self, batches):
+        """Pass on the iterator `batches`, and note how long the device waits for each."""
+        while True:
             with self._waiting.for_data():
-                images, labels = next(batches)
-            yield images, labels, those
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def after_step(self, loss, rate):
         """Count the step; on all ranks alike, stop if asked to; show how far it is; have a checkpoint written if due.

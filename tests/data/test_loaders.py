@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from rn50.data import loaders
+from rn50.data import beton_loader, loaders
 from rn50.data.decode import random_crops
 from rn50.errors import RunError
 from tools import verify_beton
@@ -113,9 +113,9 @@ def test_the_first_batch_comes_at_once(betons):
 def test_pages_are_asked_for_a_window_ahead(betons, monkeypatch):
     info = loaders.find_rungs(betons, "train")[96]
     asked = []
-    monkeypatch.setattr(loaders, "PAGES_IN_WINDOW", 2)
+    monkeypatch.setattr(beton_loader, "PAGES_IN_WINDOW", 2)
     monkeypatch.setattr(os, "posix_fadvise", lambda file, start, length, advice: asked.append((start, length)))
-    ahead = loaders._ReadAhead(info)
+    ahead = beton_loader._ReadAhead(info)
     ahead._page_of = np.array([5, 5, 3, 3, 9, 9, 7, 7])
     with ahead.schedule_epoch([np.array([0, 1]), np.array([2])]):
         ahead.start_batch(0)
@@ -130,14 +130,14 @@ def test_pages_are_asked_for_a_window_ahead(betons, monkeypatch):
 
 
 def test_an_exception_of_the_loader_thread_reaches_the_training_loop(loader, monkeypatch):
-    pipeline = loaders._Iterator.run_pipeline
+    pipeline = beton_loader._Iterator.run_pipeline
 
     def break_down(self, number, *rest):
         if number == 2:
             raise ValueError("bad weather")
         return pipeline(self, number, *rest)
 
-    monkeypatch.setattr(loaders._Iterator, "run_pipeline", break_down)
+    monkeypatch.setattr(beton_loader._Iterator, "run_pipeline", break_down)
     got = 0
     with pytest.raises(RunError, match=r"train_64.beton failed: ValueError: bad weather"):  # noqa: PT012, SIM117
         with loader.batches(np.arange(64), 32) as batches:
@@ -148,8 +148,8 @@ def test_an_exception_of_the_loader_thread_reaches_the_training_loop(loader, mon
 
 def test_a_batch_that_does_not_come_is_an_error(loader, monkeypatch):
     release, before = threading.Event(), threading.active_count()
-    monkeypatch.setattr(loaders._Iterator, "run_pipeline", lambda self, *args: release.wait(60))
-    monkeypatch.setattr(loaders, "STOP_PATIENCE", 0.5)
+    monkeypatch.setattr(beton_loader._Iterator, "run_pipeline", lambda self, *args: release.wait(60))
+    monkeypatch.setattr(beton_loader, "STOP_PATIENCE", 0.5)
     monkeypatch.setattr(loader, "timeout", 1)
     started = time.monotonic()
     with pytest.raises(RunError, match="no batch from"):  # noqa: SIM117
@@ -490,7 +490,7 @@ class LateGPU:
             gpu.chosen.stream = stream
             yield
 
-        class LateCopy(loaders.ToDevice):
+        class LateCopy(beton_loader.ToDevice):
             def __init__(self, device, non_blocking):
                 super().__init__(CPU)
 
@@ -507,8 +507,8 @@ class LateGPU:
             "set_device": self.devices_set.append,
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, stand_in)
-        monkeypatch.setattr(loaders, "ToDevice", LateCopy)
-        monkeypatch.setattr(loaders.epoch_iterator, "IS_CUDA", False)
+        monkeypatch.setattr(beton_loader, "ToDevice", LateCopy)
+        monkeypatch.setattr(beton_loader.epoch_iterator, "IS_CUDA", False)
 
 
 def test_a_batch_whose_copy_is_under_way_is_not_overwritten(betons, monkeypatch):
@@ -536,7 +536,7 @@ def test_a_batch_whose_copy_is_under_way_is_not_overwritten(betons, monkeypatch)
 
 def test_a_loader_for_the_cpu_leaves_a_gpu_alone(betons, monkeypatch):
     """In a forked process CUDA could not even begin."""
-    monkeypatch.setattr(loaders.epoch_iterator, "IS_CUDA", True)
+    monkeypatch.setattr(beton_loader.epoch_iterator, "IS_CUDA", True)
     info = loaders.find_rungs(betons, "train")[64]
     loader = loaders.training_loader(
         info, batch_size=8, crop_scale=[0.35, 1], seed=0, device=CPU, workers=1, timeout=60

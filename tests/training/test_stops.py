@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rn50 import evaluate, losses
-from rn50.data import loaders
+from rn50.data import beton_loader, loaders
 from rn50.files import read_rows
 from rn50.training import checkpoint, distributed, interruption, progress
 from tests import chaos
@@ -193,9 +193,26 @@ def test_either_order_goes_on_at_any_step(betons, tmp_path, order, ranks):
     assert chaos.compare(chaos.outcome(command.folder, epochs=3), expected) == "identical"
 
 
+def have_little_memory():
+    loaders.memory_bytes = lambda: 1
+
+
+def test_an_epoch_ends_in_the_order_that_it_was_begun_in_on_a_machine_with_less_memory(betons, tmp_path):
+    flags = {"training__epochs": 1, "lr__warmup_epochs": 0}
+    with Command(betons, tmp_path / "whole", **flags) as command:
+        assert command.end() == 0, command.output()
+    expected = chaos.outcome(command.folder, epochs=1)
+    with Command(betons, tmp_path / "parts", prepare=stop_every_seven_steps, **flags) as command:
+        assert command.end() == 3
+    with Command(betons, tmp_path / "parts", prepare=have_little_memory, **flags) as command:
+        assert command.end() == 0, command.output()
+    assert "page order" in command.output()  # of a new epoch
+    assert chaos.compare(chaos.outcome(command.folder, epochs=1), expected) == "identical"
+
+
 def stall():
-    loaders._Iterator.run_pipeline = lambda self, *args: time.sleep(1000)
-    loaders.STOP_PATIENCE = 0.5
+    beton_loader._Iterator.run_pipeline = lambda self, *args: time.sleep(1000)
+    beton_loader.STOP_PATIENCE = 0.5
 
 
 def test_data_that_does_not_come_is_one_line(betons, tmp_path):
@@ -208,8 +225,10 @@ def test_data_that_does_not_come_is_one_line(betons, tmp_path):
 
 def give_the_first_resolution_only():
     """As in a public run, which trained all of its epochs at 160 px while its log said 192 and 224."""
-    batches = loaders.BetonLoader.batches
-    loaders.BetonLoader.batches = lambda self, samples, resolution, **options: batches(self, samples, 32, **options)
+    batches = beton_loader.BetonLoader.batches
+    beton_loader.BetonLoader.batches = lambda self, samples, resolution, **options: batches(
+        self, samples, 32, **options
+    )
 
 
 def test_pictures_of_another_size_than_planned_end_the_run(betons, tmp_path):
