@@ -1,10 +1,14 @@
-"""Images per second of training loaders, side by side on the same images: ours, stock FFCV, torchvision, DALI.
+"""Images per second of training loaders, side by side on the same images: ours and every peer (peers.py has them).
 
     python studies/loader/benchmark_loader.py --images DIR --resolution 160 --threads 1 --repeats 5 --json OUT
+        --python slipstream=PYTHON --python erow=PYTHON
 
 Writes its own betons and JPEG files from the images (longer side at most 500 px, quality 90, as training has them),
-runs one pass of each loader after the other, `--repeats` times round, and prints medians. Every peer decodes the same
-stored JPEGs, takes a random resized crop, flips and gives uint8 batches in memory. --profile says where our time goes.
+runs one pass of each loader after the other, `--repeats` times round, and prints medians. Each loader is a process of
+its own on the first `--threads` cores, run by the interpreter that holds it (README.md says how to install those that
+need their own). Every peer reads the same stored JPEGs, or a raw store made of them, takes a random resized crop, flips
+and gives uint8 batches in memory. --profile says where our time goes. --schedule weighs resolutions by the epochs that
+a recipe trains at them.
 Instead of the comparison: --scaling, what more threads gain; --memory, the peak of one loader at batch 512; --cold,
 the speed of files that are not in the page cache, in page-aware order (--copies makes the file larger than memory).
 """
@@ -12,31 +16,43 @@ the speed of files that are not in the page cache, in page-aware order (--copies
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
+import select
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from torchvision import io
+from torchvision.transforms.functional import center_crop, resize
 
+from rn50 import recipe, schedules
 from rn50.command import run
 from rn50.data import beton, decode, encode, loaders, native, writer
 from rn50.data.listing import EXTENSIONS
 from rn50.data.pictures import decode_image
-from rn50.errors import RunError
+from rn50.errors import RunError, UsageError
 from rn50.machine import cores
 
-MAX_SIDE, QUALITY, BATCH, MEMORY_BATCH = 500, 90, 64, 512
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import peers
+
+MAX_SIDE, QUALITY, MEMORY_BATCH = peers.MAX_SIDE, 90, 512
+LADDER = (256, 400, MAX_SIDE)  # the rungs that write_dataset.py is told to write for training
 CLASSES = [{"wnid": "n0", "name": "all"}]
+FAMILIES = {name.split("_")[0] for name in peers.LOADERS} - {"rn50"}
+PATIENCE = 900  # seconds that one pass may take, compiling included
 
 
 def main():
@@ -45,230 +61,270 @@ def main():
     cv2.setNumThreads(1)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         folder = Path(folder)
-        count = write_files(args.images, folder, args.copies)
+        count = write_files(args.images, folder, args.copies, LADDER if args.schedule else (MAX_SIDE,))
         for other in (cold, scaling, memory):
             if getattr(args, other.__name__):
                 return other(folder, args)
-        candidates = {"rn50": rn50_pass, "rn50_untiled": untiled_pass, "ffcv": ffcv_pass}
-        candidates |= {"torchvision_pil": pil_pass, "torchvision_v2": v2_pass}
-        if dali_is_there():
-            candidates |= {"dali_triangular": dali_pass("triangular"), "dali_linear": dali_pass("linear")}
+        if args.schedule:
+            compare_along_schedule(folder, args, count)
         else:
-            print("DALI is not installed: .venv/bin/pip install -e '.[dev]' (it needs no GPU here)", file=sys.stderr)
-        chosen = args.only.split(",") if args.only else list(candidates)
-        if unknown := set(chosen) - set(candidates):
-            raise RunError(f"--only names {', '.join(sorted(unknown))}; there are {', '.join(candidates)}")
-        passes = {name: candidates[name](folder, args) for name in chosen}
-        for run in passes.values():
-            run()  # compiles, starts workers, fills the page cache
-        speeds = {name: [] for name in passes}
-        for _ in range(args.repeats):
-            for name, run in passes.items():
-                started = time.perf_counter()
-                images = run()
-                speeds[name].append(images / (time.perf_counter() - started))
-        report(args, count, speeds)
+            measured = compare(folder, args, args.resolution)
+            content = report(args, count, measured)
+            write_json(args.json, content[0] if len(content) == 1 else {"measurements": content})
         if args.profile:
             profile(folder, args)
 
 
-def write_files(images, folder, copies):
-    """tiled.beton, untiled.beton and tree/all/*.jpg with the same pictures in the same JPEG bytes."""
+def write_files(images, folder, copies, rungs):
+    """train_SIDE.beton of each rung, and of the largest rung's pictures untiled.beton and tree/all/*.jpg.
+
+    Those three have the same JPEG bytes. short256/all/*.jpg: slipstream's recipe for its YUV420 store.
+    """
     if not Path(images).is_dir():
         raise RunError(f"{images} is no folder")
     paths = sorted(path for path in Path(images).iterdir() if path.suffix.lower() in EXTENSIONS)
     if not paths:
         raise RunError(f"{images} holds no images")
-    pictures = [encode.shrink_image(decode_image(path.read_bytes()), MAX_SIDE) for path in paths]
-    plain = [encode.encode_jpeg(picture, QUALITY) for picture in pictures]
-    stored = [jpeg + native.index_jpeg(jpeg) for jpeg in plain]
     (folder / "tree" / "all").mkdir(parents=True)
-    for k, jpeg in enumerate(plain):
+    (folder / "short256" / "all").mkdir(parents=True)
+    samples = {rung: [] for rung in (*rungs, "untiled")}
+    for k, path in enumerate(paths):
+        original = decode_image(path.read_bytes())
+        for rung in rungs:
+            picture = encode.shrink_image(original, rung)
+            jpeg = encode.encode_jpeg(picture, QUALITY)
+            height, width = picture.shape[:2]
+            samples[rung].append((beton.JPG, width, height, jpeg + native.index_jpeg(jpeg)))
+        samples["untiled"].append((beton.JPG, width, height, jpeg))
         (folder / "tree" / "all" / f"{k:05}.jpg").write_bytes(jpeg)
-    sizes = {}
-    for name, data in (("tiled", stored), ("untiled", plain)):
-        path = folder / f"{name}.beton"
-        total = len(data) * copies
-        ladder = writer.LadderWriter(
-            paths={MAX_SIDE: path}, journal=folder / f"{name}.journal", capacity=total, fingerprint=name
-        )
-        for k in range(total):
-            height, width = pictures[k % len(data)].shape[:2]
-            ladder.add(label=0, pictures={MAX_SIDE: (beton.JPG, width, height, data[k % len(data)])})
-        ladder.finish({MAX_SIDE: {"classes": CLASSES, "settings": {"max_side": MAX_SIDE}}})
-        sizes[name] = sum(map(len, data))
-    print(
-        f"{len(paths)} images, {sizes['untiled'] / len(paths) / 1000:.1f} kB each; "
-        f"with their tables {sizes['tiled'] / sizes['untiled'] - 1:+.2%}"
-    )
+        (folder / "short256" / "all" / f"{k:05}.jpg").write_bytes(short256(original))
+    for rung, stored in samples.items():
+        write_beton(folder / (f"{rung}.beton" if rung == "untiled" else f"train_{rung}.beton"), rung, stored, copies)
+    size, tiled = (sum(len(sample[3]) for sample in samples[name]) for name in ("untiled", MAX_SIDE))
+    print(f"{len(paths)} images, {size / len(paths) / 1000:.1f} kB each; with their tables {tiled / size - 1:+.2%}")
     return len(paths) * copies
 
 
-def our_loader(info, args, batch=BATCH, threads=None):
-    return loaders.training_loader(
-        info,
-        batch_size=batch,
-        crop_scale=(0.08, 1),
-        seed=0,
-        device=torch.device("cpu"),
-        workers=threads or args.threads,
-        timeout=600,
+def short256(rgb):
+    """The JPEG that slipstream/prep/imagenet.py stores: short side 256 px, at most 512 px of the other, quality 100."""
+    image = resize(torch.from_numpy(rgb).permute(2, 0, 1), 256, antialias=True)
+    height, width = image.shape[1:]
+    return io.encode_jpeg(center_crop(image, [min(height, 512), min(width, 512)]), quality=100).numpy().tobytes()
+
+
+def write_beton(path, rung, samples, copies):
+    total = len(samples) * copies
+    ladder = writer.LadderWriter(
+        paths={rung: path}, journal=path.with_suffix(".journal"), capacity=total, fingerprint=path.stem
     )
+    for k in range(total):
+        ladder.add(label=0, pictures={rung: samples[k % len(samples)]})
+    ladder.finish({rung: {"classes": CLASSES, "settings": {"max_side": rung}}})
 
 
-def rn50_pass(folder, args, name="tiled", **settings):
-    info = beton.read_info(folder / f"{name}.beton")
-    loader, epochs = our_loader(info, args, **settings), itertools.count()
+def compare(folder, args, resolutions):
+    """{resolution: {loader: {"speeds": images/s of each pass, "bytes": stored, an image}}}, passes interleaved.
 
-    def run():
-        order = loaders.epoch_order(info, "random", seed=0, epoch=0)
-        with loader.batches(order, args.resolution, epoch=next(epochs)) as batches:
-            return consume(batches)
-
-    return run
-
-
-def untiled_pass(folder, args):
-    return rn50_pass(folder, args, "untiled")
-
-
-def ffcv_pass(folder, args, batch=BATCH):
-    """As FFCV's ImageNet example sets it up (github.com/libffcv/ffcv-imagenet)."""
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import RandomResizedCropRGBImageDecoder
-    from ffcv.loader import Loader, OrderOption
-    from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
-
-    size = (args.resolution, args.resolution)
-    loader = Loader(
-        str(folder / "untiled.beton"),
-        batch_size=batch,
-        num_workers=args.threads,
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        drop_last=False,
-        pipelines={
-            "image": [RandomResizedCropRGBImageDecoder(size), RandomHorizontalFlip(), ToTensor(), ToTorchImage()],
-            "label": [IntDecoder(), ToTensor()],
-        },
-    )
-
-    return lambda: consume(loader)
+    A loader whose interpreter cannot import it is left out, with a line on stderr.
+    """
+    chosen = chosen_loaders(args)
+    running, missing, measured = {}, set(), {resolution: {} for resolution in resolutions}
+    try:
+        for repeat in range(args.repeats + 1):
+            for resolution in resolutions:
+                for name in chosen:
+                    family = name.split("_")[0]
+                    if family in missing:
+                        continue
+                    if name not in running:
+                        running[name] = LoaderProcess(name, args.python.get(family, sys.executable), folder, args)
+                    answer = running[name].run_pass(resolution)
+                    if "missing" in answer:
+                        missing.add(family)
+                        print(running[name].missing(family, answer["missing"]), file=sys.stderr)
+                    elif repeat:  # the first warms up
+                        result = measured[resolution].setdefault(name, {"speeds": [], "bytes": answer["bytes"]})
+                        result["speeds"].append(answer["images"] / answer["seconds"])
+    finally:
+        for process in running.values():
+            process.stop()
+    if not any(measured.values()):
+        raise RunError("none of the loaders is installed")
+    return measured
 
 
-def pil_pass(folder, args):
-    """ImageFolder and PIL. One thread is this process; more are worker processes, as its documentation recommends."""
-    from torchvision import datasets, transforms
-
-    steps = [transforms.RandomResizedCrop(args.resolution), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
-    return torch_pass(datasets.ImageFolder(folder / "tree", transforms.Compose(steps)), args)
-
-
-def v2_pass(folder, args):
-    """decode_jpeg to a uint8 tensor and v2 transforms, the fastest of torchvision's CPU ways by its own account."""
-    from torchvision import datasets, io
-    from torchvision.transforms import v2
-
-    crop = v2.RandomResizedCrop(args.resolution, antialias=True)
-    steps = v2.Compose([crop, v2.RandomHorizontalFlip()])
-
-    def load(path):
-        return io.decode_jpeg(io.read_file(path), mode=io.ImageReadMode.RGB)
-
-    return torch_pass(datasets.ImageFolder(folder / "tree", steps, loader=load), args)
+def chosen_loaders(args):
+    known = [name for name in peers.LOADERS if args.schedule or name != "rn50_500"]
+    chosen = args.only.split(",") if args.only else known
+    if unknown := set(chosen) - set(known):
+        raise RunError(f"--only names {', '.join(sorted(unknown))}; there are {', '.join(known)}")
+    return chosen
 
 
-def consume(batches):
-    """How many images the batches held."""
-    return sum(len(batch[0]) for batch in batches)
+class LoaderProcess:
+    """peers.py with one loader. RunError where it ends, fails or gives no answer."""
 
+    def __init__(self, name, python, folder, args):
+        self.name, self.python, self.log = name, python, folder / f"{name}.log"
+        command = [python, peers.__file__, name, folder, str(args.threads), str(args.copies)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        try:
+            with open(self.log, "w") as log:
+                # a session of its own, so that its worker processes end with it
+                self.process = subprocess.Popen(command, stderr=log, start_new_session=True, **pipes)
+        except OSError as error:
+            raise RunError(f"{python}, the interpreter of {name}, cannot be run: {error.strerror}") from None
 
-def torch_pass(dataset, args):
-    workers = 0 if args.threads == 1 else args.threads
-    dataset.samples *= args.copies
-    loader = torch.utils.data.DataLoader(
-        dataset, BATCH, shuffle=True, num_workers=workers, persistent_workers=workers > 0
-    )
+    def run_pass(self, resolution):
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and reading says so
+            print(resolution, file=self.process.stdin, flush=True)
+        if not select.select([self.process.stdout], [], [], PATIENCE)[0]:
+            raise RunError(f"{self.name} gave no answer for {PATIENCE} s")
+        line = self.process.stdout.readline()
+        if not line:
+            said = self.log.read_text(errors="replace").split("\n")
+            raise RunError(f"the process of {self.name} ended: {next(filter(None, reversed(said)), 'without a word')}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RunError(f"{self.name} failed at {resolution} px: {answer['error']}")
+        return answer
 
-    return lambda: consume(loader)
-
-
-def dali_is_there():
-    with contextlib.suppress(ImportError):
-        import nvidia.dali  # noqa: F401
-
-        return True
-    return False
-
-
-def dali_pass(filter_name):
-    """decoders.image_random_crop, which decodes what it needs, then a resize with or without antialiasing."""
-
-    def make(folder, args):
-        from nvidia.dali import fn, pipeline_def, types
-
-        interpolation = types.INTERP_TRIANGULAR if filter_name == "triangular" else types.INTERP_LINEAR
-
-        # Without prefetching, which would go on during the next loader's pass.
-        @pipeline_def(
-            batch_size=BATCH, num_threads=args.threads, device_id=None, exec_async=False, exec_pipelined=False
+    def missing(self, family, reason):
+        return (
+            f"{family} is skipped, {self.python} cannot import it ({reason}): studies/loader/README.md says how to "
+            f"install it; then --python {family}=PYTHON"
         )
-        def pipeline():
-            jpegs, labels = fn.readers.file(file_root=str(folder / "tree"), random_shuffle=True, name="reader")
-            images = fn.decoders.image_random_crop(
-                jpegs, device="cpu", random_area=[0.08, 1.0], random_aspect_ratio=[3 / 4, 4 / 3]
-            )
-            images = fn.resize(
-                images,
-                size=[args.resolution, args.resolution],
-                interp_type=interpolation,
-                antialias=filter_name == "triangular",
-            )
-            return fn.flip(images, horizontal=fn.random.coin_flip()), labels
 
-        made = pipeline()
-        made.build()
-        batches = -(-len(list((folder / "tree" / "all").iterdir())) * args.copies // BATCH)
-
-        def run():
-            return sum(len(made.run()[0]) for _ in range(batches))  # its last batch is a full one
-
-        return run
-
-    return make
+    def stop(self):
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
-def report(args, count, speeds):
-    medians = {name: statistics.median(values) for name, values in speeds.items()}
-    reference = medians.get("rn50") or max(medians.values())
-    rows = f"{args.resolution} px, {args.threads} thread{'s' if args.threads > 1 else ''}, {count} images a pass"
-    print(f"\n{rows}, median of {args.repeats} interleaved passes")
-    print(f"{'loader':<17}{'images/s':>9}{'min':>8}{'max':>8}{'per core':>10}{'rn50 is':>9}")
-    for name, median in sorted(medians.items(), key=lambda item: -item[1]):
-        values = speeds[name]
+def report(args, count, measured):
+    """Print a table of each resolution; what --json has of each, a list."""
+    names = {name for results in measured.values() for name in results}
+    content = []
+    for resolution, results in measured.items():
+        medians = {name: statistics.median(result["speeds"]) for name, result in results.items()}
+        reference = medians.get("rn50") or max(medians.values())
         print(
-            f"{name:<17}{median:>9.0f}{min(values):>8.0f}{max(values):>8.0f}"
-            f"{median / min(args.threads, cores()):>10.0f}{reference / median:>8.2f}x"
+            f"\n{resolution} px, {threads_text(args)}, {count} images a pass, "
+            f"median of {args.repeats} interleaved passes"
         )
-    if args.json:
-        results = [
-            {"name": name, "images_per_second": medians[name], "min": min(values), "max": max(values)}
-            for name, values in speeds.items()
+        print(
+            f"{'loader':<23}{'images/s':>9}{'min':>8}{'max':>8}{'per core':>10}{'rn50 is':>9}{'faster in':>11}"
+            f"{'bytes/image':>13}"
+        )
+        for name, median in sorted(medians.items(), key=lambda item: -item[1]):
+            speeds, stored = results[name]["speeds"], results[name]["bytes"]
+            print(
+                f"{name:<23}{median:>9.0f}{min(speeds):>8.0f}{max(speeds):>8.0f}{median / used_cores(args):>10.0f}"
+                f"{reference / median:>8.2f}x{rounds_won(results, name):>11}{stored:>13.0f}"
+            )
+        rows = [
+            {
+                "name": name,
+                "images_per_second": medians[name],
+                "min": min(result["speeds"]),
+                "max": max(result["speeds"]),
+                "passes": result["speeds"],
+                "bytes_per_image": result["bytes"],
+            }
+            for name, result in results.items()
         ]
-        content = {"resolution": args.resolution, "threads": args.threads, "images": count, "results": results}
-        with writer.disk_errors(args.json):
-            Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        content.append({"resolution": resolution, "threads": args.threads, "images": count, "results": rows})
+    if any(name.startswith("slipstream") for name in names):
+        print("\nslipstream: without the flip, which its documentation leaves to the GPU; _256: short side 256 px")
+    return content
+
+
+def rounds_won(results, name):
+    """In how many rounds ours was faster than the loader `name`, as `9 of 9`; empty for ours and without it."""
+    if name == "rn50" or "rn50" not in results:
+        return ""
+    rounds = list(zip(results["rn50"]["speeds"], results[name]["speeds"], strict=True))
+    return f"{sum(ours > theirs for ours, theirs in rounds)} of {len(rounds)}"
+
+
+def threads_text(args):
+    return f"{args.threads} thread{'s' if args.threads > 1 else ''}"
+
+
+def used_cores(args):
+    return min(args.threads, cores())
+
+
+def compare_along_schedule(folder, args, count):
+    """Images/s over the epochs of a recipe: rn50 from the rungs that training reads, others from the largest."""
+    epochs = Counter(recipe.resolutions(recipe.load("", [f"--config-file={args.schedule}"])))
+    short_sides = loaders.short_sides(loaders.find_rungs(folder, "train"))
+    rungs = {resolution: schedules.rung(resolution, short_sides) for resolution in sorted(epochs)}
+    measured = compare(folder, args, nodes(rungs))
+    content = report(args, count, measured)
+    names = next(iter(measured.values()))
+    weighted = {
+        name: 1
+        / mean_seconds(epochs, rungs, {at: 1 / statistics.median(measured[at][name]["speeds"]) for at in measured})
+        for name in names
+    }
+    ranges = ", ".join(f"{' to '.join(map(str, ends))} px from {rung}" for rung, ends in rung_ends(rungs).items())
+    print(
+        f"\n{args.schedule}, {threads_text(args)}: {sum(epochs.values())} epochs; rn50 {ranges}, others from {MAX_SIDE}"
+    )
+    print(f"{'loader':<23}{'images/s':>9}{'per core':>10}{'rn50 is':>9}")
+    reference = weighted.get("rn50") or max(weighted.values())
+    for name, speed in sorted(weighted.items(), key=lambda item: -item[1]):
+        print(f"{name:<23}{speed:>9.0f}{speed / used_cores(args):>10.0f}{reference / speed:>8.2f}x")
+    rows = [
+        {"name": name, "images_per_second": speed, "per_core": speed / used_cores(args), "rn50_is": reference / speed}
+        for name, speed in weighted.items()
+    ]
+    heads = {"schedule": str(args.schedule), "threads": args.threads, "images": count}
+    write_json(args.json, {**heads, "epochs": epochs, "rungs": rungs, "measurements": content, "weighted": rows})
+
+
+def rung_ends(rungs):
+    """{rung: its smallest and largest resolution}; one where they are the same. rungs: {resolution: rung}, in px."""
+    ends = {}
+    for resolution in sorted(rungs):
+        ends.setdefault(rungs[resolution], []).append(resolution)
+    return {rung: sorted({min(those), max(those)}) for rung, those in ends.items()}
+
+
+def nodes(rungs):
+    """The resolutions to measure at: both ends of what is read from each rung."""
+    return [resolution for ends in rung_ends(rungs).values() for resolution in ends]
+
+
+def mean_seconds(epochs, rungs, seconds):
+    """Seconds for an image, over a schedule: linear between the nodes of a rung, weighted by epochs.
+
+    epochs: {resolution: how many}; rungs: {resolution: rung}; seconds: {node: seconds for an image}.
+    """
+    ends = rung_ends(rungs)
+    total = 0.0
+    for resolution, number in epochs.items():
+        at = ends[rungs[resolution]]
+        total += number * np.interp(resolution, at, [seconds[node] for node in at])
+    return float(total / sum(epochs.values()))
+
+
+def write_json(path, content):
+    if path:
+        with writer.disk_errors(path):
+            Path(path).write_text(json.dumps(content, indent=1) + "\n")
 
 
 def profile(folder, args):
     """Where our time goes, in microseconds of one core per image."""
-    info = beton.read_info(folder / "tiled.beton")
+    info = beton.read_info(folder / f"train_{MAX_SIDE}.beton")
     decoder = decode.RandomCropDecoder(info, scale=(0.08, 1), seed=0, threads=1)
-    decoder.size = args.resolution
+    decoder.size = resolution = args.resolution[0]
+    batch = peers.BATCH
     spent, crops, read = np.zeros(len(native.PHASES), np.int64), 0.0, 0.0
-    out = np.empty((BATCH, args.resolution, args.resolution, 3), np.uint8)
+    out = np.empty((batch, resolution, resolution, 3), np.uint8)
     data = np.memmap(info.path, np.uint8, mode="r")
-    batches = [np.arange(at, min(at + BATCH, info.num_samples)) for at in range(0, info.num_samples, BATCH)]
+    batches = [np.arange(at, min(at + batch, info.num_samples)) for at in range(0, info.num_samples, batch)]
     for epoch in range(args.repeats):
         decoder.epoch = epoch
         for samples in batches:
@@ -289,10 +345,14 @@ def profile(folder, args):
         print(f"  {name:<45}{nanoseconds / images / 1000:>6.1f}")
 
 
+def setting(folder, args, **others):
+    return peers.Setting(folder, **{"threads": args.threads, "copies": args.copies, **others})
+
+
 def cold(folder, args):
     """One pass over a file that is not in memory, in page-aware order."""
-    info = beton.read_info(folder / "tiled.beton")
-    loader = our_loader(info, args)
+    info = beton.read_info(folder / f"train_{MAX_SIDE}.beton")
+    loader = peers.rn50_loader(info, setting(folder, args))
     rates = []
     for epoch in range(args.repeats):
         with open(info.path, "rb") as file:
@@ -300,13 +360,13 @@ def cold(folder, args):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         order = loaders.epoch_order(info, "page", seed=0, epoch=epoch)
         started = time.perf_counter()
-        with loader.batches(order, args.resolution, epoch=epoch, read_ahead=True) as batches:
-            consume(batches)
+        with loader.batches(order, args.resolution[0], epoch=epoch, read_ahead=True) as batches:
+            peers.consume(batches)
         rates.append(time.perf_counter() - started)
     seconds = statistics.median(rates)
     print(
         f"cold, page-aware order: {info.bytes / 1e6:.0f} MB, {info.bytes / 1e6 / seconds:.0f} MB/s, "
-        f"{info.num_samples / seconds:.0f} images/s at {args.resolution} px with {args.threads} threads "
+        f"{info.num_samples / seconds:.0f} images/s at {args.resolution[0]} px with {args.threads} threads "
         f"(median of {args.repeats})"
     )
 
@@ -317,7 +377,10 @@ def scaling(folder, args):
     passes = {
         (name, n): run
         for n in (1, threads)
-        for name, run in (("rn50", rn50_pass(folder, args, threads=n)), ("hashing", hashing_pass(n)))
+        for name, run in (
+            ("rn50", peers.rn50(setting(folder, args, threads=n), args.resolution[0])[0]),
+            ("hashing", hashing_pass(n)),
+        )
     }
     speeds = {key: [] for key in passes}
     for repeat in range(args.repeats + 1):
@@ -329,7 +392,7 @@ def scaling(folder, args):
     medians = {key: statistics.median(values) for key, values in speeds.items()}
     gains = {name: medians[name, threads] / medians[name, 1] for name in ("rn50", "hashing")}
     print(
-        f"{args.resolution} px, {threads} threads over one, median of {args.repeats}: rn50 {gains['rn50']:.3g}x "
+        f"{args.resolution[0]} px, {threads} threads over one, median of {args.repeats}: rn50 {gains['rn50']:.3g}x "
         f"({medians['rn50', 1]:.0f} to {medians['rn50', threads]:.0f} images/s), hashing {gains['hashing']:.3g}x; "
         f"ratio {gains['rn50'] / gains['hashing']:.3g}"
     )
@@ -348,7 +411,7 @@ def hashing_pass(threads, rounds=24):
 
 def memory(folder, args):
     """Peak anonymous memory (what is not page cache) that one loader adds, ours and stock FFCV's."""
-    for name, make in (("rn50", rn50_pass), ("ffcv", ffcv_pass)):
+    for name, make in (("rn50", peers.rn50), ("ffcv", peers.ffcv)):
         ours, theirs = multiprocessing.Pipe()
         process = multiprocessing.get_context("fork").Process(target=_peak, args=(make, folder, args, theirs))
         process.start()
@@ -358,9 +421,8 @@ def memory(folder, args):
         except EOFError:
             raise RunError(f"the loader {name} died; it may have run out of memory") from None
         process.join()
-        print(
-            f"{name:<6}{peak - before:>7.0f} MB at batch {MEMORY_BATCH}, {args.resolution} px, {args.threads} threads"
-        )
+        where = f"at batch {MEMORY_BATCH}, {args.resolution[0]} px, {args.threads} threads"
+        print(f"{name:<6}{peak - before:>7.0f} MB {where}")
 
 
 def _peak(make, folder, args, connection):
@@ -374,7 +436,7 @@ def _peak(make, folder, args, connection):
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    make(folder, args, batch=MEMORY_BATCH)()
+    make(setting(folder, args, batch=MEMORY_BATCH), args.resolution[0])[0]()
     finished.set()
     watcher.join()
     connection.send((before, peak))
@@ -388,11 +450,20 @@ def anonymous_megabytes():
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", required=True, help="folder of images")
-    parser.add_argument("--resolution", type=int, default=160, help="px of the crops")
+    at = parser.add_mutually_exclusive_group()
+    at.add_argument("--resolution", type=resolutions, default=[160], help="px of the crops; several, comma-separated")
+    at.add_argument("--schedule", metavar="YAML", help="a recipe: images/s over its epochs, each at its resolution")
     parser.add_argument("--threads", type=int, default=1, help="decoding threads, or worker processes")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--copies", type=int, default=1, help="so many times the images")
     parser.add_argument("--only", help="these loaders, comma-separated")
+    parser.add_argument(
+        "--python",
+        action="append",
+        default=[],
+        metavar="PACKAGE=PATH",
+        help=f"the interpreter that holds {', '.join(sorted(FAMILIES))} (default: this one); may be given for each",
+    )
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--folder", help="where the files of the benchmark go (default: the system's temporary folder)")
     parser.add_argument("--profile", action="store_true", help="also say where our time goes")
@@ -400,7 +471,24 @@ def arguments():
     instead.add_argument("--cold", action="store_true", help="read from disk instead of the page cache")
     instead.add_argument("--scaling", action="store_true", help="threads against one, and a pure-compute loop likewise")
     instead.add_argument("--memory", action="store_true", help="peak memory at batch 512, beside stock FFCV's")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.python = interpreters(args.python)
+    for name in ("profile", "cold", "scaling", "memory"):
+        if getattr(args, name) and (args.schedule or len(args.resolution) > 1):
+            raise UsageError(f"--{name} takes one --resolution")
+    return args
+
+
+def resolutions(text):
+    return [int(word) for word in text.split(",")]
+
+
+def interpreters(given):
+    """{package: path} of the values of --python."""
+    for text in given:
+        if text.partition("=")[0] not in FAMILIES or not text.partition("=")[2]:
+            raise UsageError(f"--python takes PACKAGE=PATH with a package of {', '.join(sorted(FAMILIES))}, not {text}")
+    return dict(text.split("=", 1) for text in given)
 
 
 if __name__ == "__main__":
