@@ -12,6 +12,7 @@ FLAGS = [
     "-fno-signed-zeros",
     "-Wall",
     "-Wextra",
+    "-Wstrict-aliasing=2",
     "-Wno-psabi",
 ]
 VARIANTS = {"_decode": [], "_decode_v3": ["-march=x86-64-v3"]}

@@ -19,14 +19,20 @@
 #include <immintrin.h>
 #endif
 
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bits and tables are read as little-endian words");
+
 const int32_t rn50_layout[6] = {
     sizeof(struct crop), offsetof(struct crop, flip), sizeof(struct batch), offsetof(struct batch, count),
     offsetof(struct batch, nanoseconds), PHASES,
 };
 
+typedef float f4 __attribute__((vector_size(16)));
 typedef float f8 __attribute__((vector_size(32)));
+typedef int32_t i4 __attribute__((vector_size(16)));
 typedef int32_t i8 __attribute__((vector_size(32)));
 typedef int16_t s8 __attribute__((vector_size(16)));
+typedef int16_t s16 __attribute__((vector_size(32)));
+typedef uint8_t b8 __attribute__((vector_size(8)));
 #define INLINE static inline __attribute__((always_inline)) /* so that constant arguments become constants */
 
 #define DC_PEEK 9            /* bits that look up a code of DC */
@@ -318,12 +324,13 @@ end:
 
 /* ------------------------------------------------------------------ inverse DCT */
 
+/* Both without loops, in which GCC keeps the vectors in memory. */
+#ifdef __AVX2__
 #define PICK(a, b, ...) __builtin_shuffle(a, b, (i8){__VA_ARGS__})
 #define MERGE_1(a, b, low, high) low = PICK(a, b, 0, 8, 1, 9, 4, 12, 5, 13), high = PICK(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
 #define MERGE_2(a, b, low, high) low = PICK(a, b, 0, 1, 8, 9, 4, 5, 12, 13), high = PICK(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
 #define MERGE_4(a, b, low, high) low = PICK(a, b, 0, 1, 2, 3, 8, 9, 10, 11), high = PICK(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
 
-/* Without loops, which would keep the vectors in memory. */
 INLINE void transpose(f8 r[8]) {
     f8 t[8], u[8];
     MERGE_1(r[0], r[1], t[0], t[1]), MERGE_1(r[2], r[3], t[2], t[3]);
@@ -333,6 +340,24 @@ INLINE void transpose(f8 r[8]) {
     MERGE_4(u[0], u[4], r[0], r[4]), MERGE_4(u[1], u[5], r[1], r[5]);
     MERGE_4(u[2], u[6], r[2], r[6]), MERGE_4(u[3], u[7], r[3], r[7]);
 }
+#else /* by quarters, in the vectors that other processors have: GCC would shuffle longer ones number by number */
+#define PICK(a, b, ...) __builtin_shuffle(a, b, (i4){__VA_ARGS__})
+
+INLINE void transpose_quarter(const f4 *in, f4 *out) {
+    f4 a = PICK(in[0], in[2], 0, 4, 1, 5), b = PICK(in[0], in[2], 2, 6, 3, 7);
+    f4 c = PICK(in[4], in[6], 0, 4, 1, 5), d = PICK(in[4], in[6], 2, 6, 3, 7);
+    out[0] = PICK(a, c, 0, 1, 4, 5), out[2] = PICK(a, c, 2, 3, 6, 7);
+    out[4] = PICK(b, d, 0, 1, 4, 5), out[6] = PICK(b, d, 2, 3, 6, 7);
+}
+
+INLINE void transpose(f8 r[8]) {
+    f4 in[16], out[16];
+    memcpy(in, r, sizeof in);
+    transpose_quarter(in, out), transpose_quarter(in + 1, out + 8);
+    transpose_quarter(in + 8, out + 1), transpose_quarter(in + 9, out + 9);
+    memcpy(r, out, sizeof out);
+}
+#endif
 
 /* Arai, Agui and Nakajima's inverse DCT in one dimension, of eight columns at once. */
 INLINE void idct(f8 x[8]) {
@@ -359,7 +384,9 @@ static inline f8 widen_8(const uint8_t *p) {
 #ifdef __AVX2__
     return (f8)_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)));
 #else
-    return (f8){p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7]};
+    b8 values;
+    memcpy(&values, p, sizeof values);
+    return __builtin_convertvector(__builtin_convertvector(__builtin_convertvector(values, s8), i8), f8);
 #endif
 }
 
@@ -473,7 +500,7 @@ static int decode_rectangle(struct jpeg *jpeg, struct worker *worker, struct box
                 for (int row = 0; row < part->v; row++)
                     for (int column = 0; column < part->h; column++) {
                         int16_t values[64 + 16] __attribute__((aligned(32)));
-                        for (int i = 0; i < 4; i++) ((i8 *)values)[i] = (i8){0}; /* memset is slower at such a size */
+                        for (int i = 0; i < 4; i++) ((s16 *)values)[i] = (s16){0}; /* memset is slower at such a size */
                         int last = read_block(part, &bits, &dc[c], values);
                         if (last < 0) return CORRUPT;
                         if (x < x0 || x >= x1 || y < y0 || record) continue;

@@ -1,4 +1,4 @@
-/* What rn50/data/native.py and tests/fuzz_decode.c call. */
+/* What rn50/data/native.py, tests/fuzz_decode.c and tests/decode_crops.c call. */
 #ifndef RN50_DECODE_H
 #define RN50_DECODE_H
 #include <stddef.h>
