@@ -247,9 +247,10 @@ class Conversion:
         say(f"unpacking {file.name}")
         try:
             with open(path, "rb") as raw, tarfile.open(fileobj=Counted(raw, self.progress), mode="r|gz") as archive:
+                archive.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later
                 for member in archive:
                     if WANTED.fullmatch(member.name):
-                        archive.extract(member, self.source, set_attrs=False, filter="data")
+                        archive.extract(member, self.source, set_attrs=False)
         except (tarfile.TarError, EOFError, zipfile.BadZipFile, ValueError) as error:
             raise UsageError(f"{file.name} cannot be unpacked: {error}") from None
         except OSError as error:

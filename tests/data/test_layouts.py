@@ -45,21 +45,26 @@ def copy(made, root, *, train="tree/train", val="tree/val"):
             shutil.copytree(made / place, root / split)
 
 
+def extract(tar, folder):
+    tar.extraction_filter = getattr(tarfile, "data_filter", None)  # Python 3.11.4 and later
+    tar.extractall(folder)
+
+
 def unpack_val(made, folder):
     folder.mkdir(parents=True)
     with tarfile.open(made / "tars/ILSVRC2012_img_val.tar") as tar:
-        tar.extractall(folder, filter="data")
+        extract(tar, folder)
 
 
 def unpack_outer(made, folder):
     folder.mkdir(parents=True)
     with tarfile.open(made / "tars/ILSVRC2012_img_train.tar") as tar:
-        tar.extractall(folder, filter="data")
+        extract(tar, folder)
 
 
 def unpack_devkit(made, folder):
     with tarfile.open(made / f"tars/{DEVKIT}.tar.gz") as tar:
-        tar.extractall(folder, filter="data")
+        extract(tar, folder)
 
 
 def flat_val_with_devkit(made, root):
