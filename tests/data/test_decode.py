@@ -303,6 +303,37 @@ def test_damage_is_an_error_with_the_sample(tmp_path):
             decoder.decode(np.array([0, 1]), np.empty((2, 64, 64, 3), np.uint8))
 
 
+@pytest.mark.parametrize("missing", [40, 300])
+def test_a_cut_end_is_noticed(missing):
+    jpeg = encode(photograph(96, 96), quality=95)
+    status, _ = cut([(jpeg[: -2 - missing], 96, 96, JPG)], [(0, 0, 96, 96)], 32)
+    assert status[0] == native.CORRUPT
+
+
+ZEROS_16, ONE, ZERO_THEN_ONE, END = "11111111001", "001", "11001", "1010"  # of the standard table of luma
+
+
+@pytest.mark.parametrize(
+    ("coefficients", "status"),
+    [
+        (ZEROS_16 * 3 + ONE * 14 + ONE, native.OK),  # to the last one, after which there is no end of block
+        (ZEROS_16 * 3 + ONE * 14 + END, native.OK),
+        (ZEROS_16 * 3 + ONE * 14 + ZERO_THEN_ONE, native.CORRUPT),
+        (ZEROS_16 * 3 + ONE * 14 + ZERO_THEN_ONE + END, native.CORRUPT),
+        (ZEROS_16 * 3 + ONE * 11 + ZEROS_16, native.CORRUPT),
+        (ZEROS_16 * 4, native.CORRUPT),
+    ],
+)
+def test_a_coefficient_past_its_block_is_damage(coefficients, status):
+    bits = "00" + coefficients  # 00: DC as before
+    bits += "1" * (-len(bits) % 8)
+    scan = bytes(int(bits[at : at + 8], 2) for at in range(0, len(bits), 8)).replace(b"\xff", b"\xff\0")
+    empty = encode(np.zeros((8, 8), np.uint8))
+    header = empty[: empty.index(b"\xff\xda") + 10]
+    found, _ = cut([(header + scan + b"\xff\xd9", 8, 8, JPG)], [(0, 0, 8, 8)], 8)
+    assert found[0] == status
+
+
 def test_most_flipped_bits_are_noticed(tmp_path):
     """Where they desynchronise the bit stream; a changed coefficient is a valid picture to any decoder."""
     jpeg = encode(photograph(300, 200), quality=95)

@@ -655,7 +655,7 @@ static int resize(const struct plane *planes, int count, int is_rgb, const struc
         for (int c = 0; c < count; c++)
             resize_rows(&planes[c], &y[c], row, size, x[c].begin, x[c].end, columns[c]);
         spend(worker, ROWS);
-        f8 in[3][16] = {0}, rgb[48];
+        f8 in[3][16] = {0}, rgb[48]; /* zeros, because a size under 16 leaves some, which are converted and not copied */
         for (int i = 0; i < size; i += 16) {
             for (int c = 0; c < count; c++) resize_columns(&x[c], columns[c], i, size - i < 16 ? size : i + 16, in[c]);
             for (int k = 0; k < 16; k++) {
