@@ -3,8 +3,9 @@
 import math
 import statistics
 
-# Of a class under another name, more than TAKEN is given that name and less than KEPT its own; of the class whose name
-# it is, less than OTHERS of that share is. So neither twins nor a network that has hardly learned count.
+# Of a class under another name, more than TAKEN is given that name, and of what is given that name more than TAKEN is
+# of this class; less than KEPT has its own name; of the class whose name it is, less than OTHERS of that share has it.
+# So neither twins count nor a network that has hardly learned and gives most classes a few names.
 TAKEN, KEPT, OTHERS, ENOUGH_IMAGES = 0.5, 0.05, 0.25, 10
 
 
@@ -55,5 +56,6 @@ def renamed_classes(confusion):
     taken, name = shares.max(1)
     kept = shares.diagonal()
     enough = images >= ENOUGH_IMAGES
-    renamed = enough & enough[name] & (taken > TAKEN) & (kept < KEPT) & (kept[name] < OTHERS * taken)
+    mostly = (taken > TAKEN) & (taken > TAKEN * shares.sum(0)[name])
+    renamed = enough & enough[name] & mostly & (kept < KEPT) & (kept[name] < OTHERS * taken)
     return [[label, int(name[label])] for label in renamed.nonzero().flatten().tolist()]

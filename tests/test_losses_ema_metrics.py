@@ -95,6 +95,12 @@ def test_classes_that_are_only_hard_are_not_called_renamed():
     # a coin decides between them; and a network that says the same of everything
     assert renamed_classes(torch.tensor([[20, 30], [30, 20]])) == []
     assert renamed_classes(torch.tensor([[50, 0, 0]] * 3)) == []
+    # seen at 13 %: most of class 0 is called 3, as much else is, and hardly any of class 3
+    rows = (
+        "0008001200 0102103301 0003112112 2002104200 0004401101 0002114300 0002115200 0001611110 0101501210 0101012700"
+    )
+    hardly = [[int(count) for count in row] for row in rows.split()]
+    assert renamed_classes(torch.tensor(hardly)) == []
     # a class without images
     assert renamed_classes(torch.tensor([[0, 50], [0, 0]])) == []
 
