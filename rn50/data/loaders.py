@@ -142,11 +142,16 @@ def evaluation_loader(info, *, batch_size, crop_ratio, device, workers, timeout)
 
 
 class Ladder:
-    """The rungs of one split, {max side: BetonInfo}, and one BetonLoader for each that is ever read."""
+    """The rungs of one split, {max side: BetonInfo}, and one BetonLoader for each that is ever read.
 
-    def __init__(self, folder, split, make_loader):
-        self.rungs = find_rungs(folder, split)
-        self._make_loader, self._loaders = make_loader, {}
+    make_loader: training_loader or evaluation_loader with what only that one takes.
+    """
+
+    def __init__(self, folder, split, make_loader, *, device, workers, timeout):
+        self.rungs, self._loaders = find_rungs(folder, split), {}
+        self._make_loader = partial(
+            make_loader, device=torch.device(device), workers=workers or cores(), timeout=timeout
+        )
 
     @property
     def info(self):
@@ -202,16 +207,8 @@ class TrainingLoader(Ladder):
         if order not in ("auto", "random", "page"):
             raise UsageError(f"order={order} is none of auto, random and page")
         crop_scale = [float(share) for share in crop_scale]
-        make_loader = partial(
-            training_loader,
-            batch_size=micro_batch,
-            crop_scale=crop_scale,
-            seed=seed,
-            device=torch.device(device),
-            workers=workers or cores(),
-            timeout=timeout,
-        )
-        super().__init__(folder, "train", make_loader)
+        make_loader = partial(training_loader, batch_size=micro_batch, crop_scale=crop_scale, seed=seed)
+        super().__init__(folder, "train", make_loader, device=device, workers=workers, timeout=timeout)
         self.batch_size, self.micro_batch, self.rank, self.world_size = batch_size, micro_batch, rank, world_size
         self.accumulation = batch_size // (micro_batch * world_size)
         self._settings = {"seed": seed, "batch_size": batch_size, "micro_batch": micro_batch}
@@ -312,15 +309,8 @@ class EvaluationLoader(Ladder):
         warn=warnings.warn,
     ):
         _check_rank(rank, world_size)
-        make_loader = partial(
-            evaluation_loader,
-            batch_size=batch_size,
-            crop_ratio=crop_ratio,
-            device=torch.device(device),
-            workers=workers or cores(),
-            timeout=timeout,
-        )
-        super().__init__(folder, "val", make_loader)
+        make_loader = partial(evaluation_loader, batch_size=batch_size, crop_ratio=crop_ratio)
+        super().__init__(folder, "val", make_loader, device=device, workers=workers, timeout=timeout)
         self.batch_size, self.crop_ratio, self.rank, self.world_size = batch_size, crop_ratio, rank, world_size
         self._warn = warn
 

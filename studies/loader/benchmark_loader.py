@@ -212,14 +212,14 @@ def report(args, count, measured):
             f"median of {args.repeats} interleaved passes"
         )
         print(
-            f"{'loader':<23}{'images/s':>9}{'min':>8}{'max':>8}{'per core':>10}{'rn50 is':>9}{'faster in':>11}"
-            f"{'bytes/image':>13}"
+            f"{'loader':<22}{'images/s':>8}{'min':>7}{'max':>7}{'per core':>9}{'rn50 is':>8}{'faster in':>10}"
+            f"{'bytes':>8}"
         )
         for name, median in sorted(medians.items(), key=lambda item: -item[1]):
             speeds, stored = results[name]["speeds"], results[name]["bytes"]
             print(
-                f"{name:<23}{median:>9.0f}{min(speeds):>8.0f}{max(speeds):>8.0f}{median / used_cores(args):>10.0f}"
-                f"{reference / median:>8.2f}x{rounds_won(results, name):>11}{stored:>13.0f}"
+                f"{name:<22}{median:>8.0f}{min(speeds):>7.0f}{max(speeds):>7.0f}{median / used_cores(args):>9.0f}"
+                f"{reference / median:>7.2f}x{rounds_won(results, name):>10}{stored:>8.0f}"
             )
         rows = [
             {
@@ -234,7 +234,7 @@ def report(args, count, measured):
         ]
         content.append({"resolution": resolution, "threads": args.threads, "images": count, "results": rows})
     if any(name.startswith("slipstream") for name in names):
-        print("\nslipstream: without the flip, which its documentation leaves to the GPU; _256: short side 256 px")
+        print("\nslipstream leaves the flip to the GPU, so it has none; _256: short side 256 px")
     return content
 
 

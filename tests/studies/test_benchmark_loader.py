@@ -148,17 +148,18 @@ def test_what_the_command_line_cannot_mean(words, message, monkeypatch):
         script.arguments()
 
 
-def test_versions_of_the_decoder_are_compared(six_images, tmp_path):
+def test_versions_of_the_decoder_are_compared(betons, tmp_path):
     source, (brighter, broken) = ROOT / "rn50/data/csrc/decode.c", (tmp_path / name for name in ("a.c", "b.c"))
     brighter.write_text(source.read_text().replace("x[0][0] += 128", "x[0][0] += 138"))
     broken.write_text("int")
-    command = [sys.executable, ROOT / "studies/loader/compare_decoders.py", "--images", six_images, "--any"]
-    command += ["--resolution", "24", "--repeats", "1", source]
-    done = subprocess.run([*command, brighter], capture_output=True, text=True, timeout=100)
+    command = [sys.executable, ROOT / "studies/loader/compare_decoders.py", betons / "train_96.beton", source]
+    options = ["--any", "--count", "20", "--repeats", "1", "--resolution", "24"]
+    done = subprocess.run([*command, brighter, *options], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()[2:]
     assert first.split()[3:] == ["1.00x", "0.000", "0.00"]
     assert 5 < float(second.split()[4]) <= float(second.split()[5]) < 60
-    done = subprocess.run([*command, broken], capture_output=True, text=True, timeout=100)
-    assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
-    assert "b.c does not compile" in done.stderr
+    for wrong, problem in ((broken, "b.c does not compile"), (tmp_path / "c.c", "c.c does not compile")):
+        done = subprocess.run([*command, wrong, *options], capture_output=True, text=True, timeout=100)
+        assert (done.returncode, len(done.stderr.splitlines())) == (1, 1)
+        assert problem in done.stderr

@@ -651,11 +651,11 @@ static int resize(const struct plane *planes, int count, int is_rgb, const struc
         if (c) columns[c] = columns[c - 1] + (size_t)(x[c - 1].end - x[c - 1].begin + 7) / 8 * 8;
     }
     uint8_t *strip = (uint8_t *)(columns[0] + room);
+    f8 in[3][16] = {0}, rgb[48]; /* zeros, because a size under 16 leaves some, which are converted and not copied */
     for (int row = 0; row < size; row += 8) {
         for (int c = 0; c < count; c++)
             resize_rows(&planes[c], &y[c], row, size, x[c].begin, x[c].end, columns[c]);
         spend(worker, ROWS);
-        f8 in[3][16] = {0}, rgb[48]; /* zeros, because a size under 16 leaves some, which are converted and not copied */
         for (int i = 0; i < size; i += 16) {
             for (int c = 0; c < count; c++) resize_columns(&x[c], columns[c], i, size - i < 16 ? size : i + 16, in[c]);
             for (int k = 0; k < 16; k++) {
