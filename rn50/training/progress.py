@@ -59,7 +59,7 @@ class Progress:
         self.cpu_seconds += cpu_seconds
 
     def next_epoch(self):
-        self.epoch, self.epoch_step, self.reading = self.epoch + 1, 0, None
+        self.epoch, self.epoch_step = self.epoch + 1, 0
         self.loss_sum = self.epoch_seconds = self.waiting_seconds = self.cpu_seconds = 0.0
 
 
