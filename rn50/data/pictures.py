@@ -123,7 +123,7 @@ def _too_large(pixels, max_pixels):
 
 def _turbo(data, max_pixels, *, strict=True):
     try:
-        height, width = simplejpeg.decode_jpeg_header(data, strict=strict)[:2]
+        height, width, colours = simplejpeg.decode_jpeg_header(data, strict=strict)[:3]
     except KeyError:
         raise ValueError("subsampling that has no name") from None
     pixels, least = height * width, {}
@@ -134,7 +134,18 @@ def _turbo(data, max_pixels, *, strict=True):
         least = {"min_height": -(-height // scale), "min_width": -(-width // scale)}
     elif pixels > max_pixels:
         raise _too_large(pixels, max_pixels)
-    return simplejpeg.decode_jpeg(data, strict=strict, **least)
+    if colours not in ("CMYK", "YCCK"):
+        return simplejpeg.decode_jpeg(data, strict=strict, **least)
+    return _without_black(simplejpeg.decode_jpeg(data, "CMYK", strict=strict, **least))
+
+
+def _without_black(ink):
+    """Inverted CMYK [h, w, 4] -> RGB, rounded as browsers do; simplejpeg's own conversion is one grey level off."""
+    rgb = np.empty((*ink.shape[:2], 3), np.uint8)
+    for top in range(0, len(ink), 64):  # products take more bytes
+        rows = ink[top : top + 64].astype(np.uint16)
+        rgb[top : top + 64] = (rows[..., :3] * rows[..., 3:] + 127) // 255
+    return rgb
 
 
 def _scans(data):
