@@ -96,7 +96,7 @@ if [[ $data == textures ]]; then
     done
     examples=(--examples demo/examples/*.jpg --examples-licence "$licence" --dataset "generated textures")
 fi
-# without the 8-bit network, which would be judged on all validation images
+# without the network that computes in 8 bits, which takes longest to make and to judge
 "$python" tools/export_model.py --checkpoint "$runs/$run/last.pt" --out "demo/model-$data" --no-int8 "${examples[@]}"
 
 cat <<TEXT

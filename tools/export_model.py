@@ -6,8 +6,9 @@
 
 Takes the EMA's weights where there are some. Classes, checksums and the images for checking come from the run's .beton
 files. It re-loads what it wrote and compares logits before it reports success; an 8-bit network takes the place of the
-float one when it is within 0.3 points of it on the validation images (paired) and faster here. --images also compares
-the app with torchvision's transforms and PyTorch on image files.
+float one when it is within 0.3 points of it on the validation images (paired) and faster here; where it does not, the
+page in a browser gets a network of its own, with weights in 8 bits. --images also compares the app with torchvision's
+transforms and PyTorch on image files.
 """
 
 import argparse
@@ -95,7 +96,7 @@ def arguments():
         "--examples", nargs="+", type=expanded_path, default=[], metavar="IMAGE", help="pictures to offer"
     )
     parser.add_argument("--examples-licence", metavar="TEXT", help="of the example pictures, stated in the card")
-    parser.add_argument("--no-int8", action="store_true", help="do not try an 8-bit network")
+    parser.add_argument("--no-int8", action="store_true", help="do not try a network that computes in 8 bits")
     args = parser.parse_args()
     if args.examples and not args.examples_licence:
         raise UsageError("--examples are published: say under what licence with --examples-licence TEXT")
@@ -195,16 +196,20 @@ def write(folder, args, state, which, description, network, data):
         "examples": examples,
         "agreement": None,
         "int8": None,
+        "browser": None,
     }
     export.write_safetensors(network, folder / export.WEIGHTS)
     export.write_onnx(network, folder / export.NETWORK, resolution=config["preprocessing"]["resolution"])
     config["export"] = {"commit": commit(), "torch": torch.__version__}
     save_json(folder / "config.json", config)
     config["export"] |= check_files(folder, description, network, data)
+    float32 = inference.Classifier(folder, file=export.NETWORK)
+    right = classified_right(float32, data, args.max_images)
     if not args.no_int8:
-        config["int8"] = try_int8(folder, data, args.max_images)
+        config["int8"] = try_int8(folder, data, float32, right)
         if config["int8"]["verdict"] == "taken":
             config["network"] = export.NETWORK_INT8
+    config["browser"] = for_browser(folder, data, config["int8"], right)
     if args.images:
         config["agreement"] = compare_on_files(folder, network, args.images, args.max_images, config)
     save_json(folder / "config.json", config)
@@ -304,18 +309,22 @@ def check_files(folder, description, network, data):
     return {"images": images, "kind": "validation images"} | worst
 
 
-def try_int8(folder, data, count):
-    """An 8-bit network beside the float one, and whether it may take its place; it is removed where it may not."""
+def classified_right(classifier, data, count):
+    """Which of up to `count` validation images `classifier` gives the right class: bool [count]."""
+    batches = data.batches("val", count, classifier.prepare)
+    return np.concatenate([classifier.run(batch)[0].argmax(1) == labels for batch, labels in batches])
+
+
+def try_int8(folder, data, float32, right):
+    """An 8-bit network beside `float32`, `right` on these validation images, and whether it may take its place.
+
+    It is removed where it may not.
+    """
     path = folder / export.NETWORK_INT8
-    float32 = inference.Classifier(folder, file=export.NETWORK)
     calibration = [batch for batch, _ in data.batches("train", CALIBRATED, float32.prepare)]
     export.write_int8(folder / export.NETWORK, path, calibration)
     small = inference.Classifier(folder, file=export.NETWORK_INT8)
-    right, other = [], []
-    for batch, labels in data.batches("val", count, float32.prepare):
-        right.append(float32.run(batch)[0].argmax(1) == labels)
-        other.append(small.run(batch)[0].argmax(1) == labels)
-    right, other = np.concatenate(right), np.concatenate(other)
+    other = classified_right(small, data, len(right))
     points, low, high = export.paired_difference(right, other)
     slow, fast = time_alternately([float32, small], calibration[0][:1])
     taken = points >= -INT8_POINTS and fast < slow
@@ -332,6 +341,30 @@ def try_int8(folder, data, count):
         "fp32_milliseconds": slow,
         "milliseconds": fast,
         "verdict": "taken" if taken else f"left out, {reason}",
+    }
+
+
+def for_browser(folder, data, int8, right):
+    """The network of the page in a browser beside the float one, `right` on these validation images.
+
+    The 8-bit one where `int8` says that it was taken; else one with its weights in 8 bits, which is written.
+    """
+    if int8 and int8["verdict"] == "taken":
+        name, top1 = export.NETWORK_INT8, int8["int8_top1"]
+        points, low, high = int8["points"], int8["low"], int8["high"]
+    else:
+        name = export.NETWORK_W8
+        export.write_w8(folder / export.NETWORK, folder / name)
+        other = classified_right(inference.Classifier(folder, file=name), data, len(right))
+        top1, (points, low, high) = 100 * other.mean(), export.paired_difference(right, other)
+    return {
+        "network": name,
+        "bytes": (folder / name).stat().st_size,
+        "images": len(right),
+        "top1": top1,
+        "points": points,
+        "low": low,
+        "high": high,
     }
 
 
@@ -405,6 +438,8 @@ def report(out, config):
         print("  not evaluated: the run is not finished")
     for line in card.agreement_lines(config):
         print(f"  {line.replace('`', '')}")
+    if config["browser"]["points"] < -INT8_POINTS:
+        print(f"  note: the page in a browser is more than {INT8_POINTS} points worse than the network")
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         print(f"  {path.stat().st_size / 1e6:8.2f} MB  {path.relative_to(out)}")
     print(f"open it with: bash tools/app.sh {out}")

@@ -137,4 +137,10 @@ def agreement_lines(config):
             f"{small['low']:+.2f} to {small['high']:+.2f}, paired), {small['milliseconds']:.1f} ms an image against "
             f"{small['fp32_milliseconds']:.1f} ms: {small['verdict']}."
         )
+    page = config["browser"]
+    lines.append(
+        f"The page in a browser runs `{page['network']}`, {page['bytes'] / 1e6:.1f} MB, {page['images']} validation "
+        f"images: {page['top1']:.2f} % top-1, {page['points']:+.2f} points (95 %: {page['low']:+.2f} to "
+        f"{page['high']:+.2f}, paired) beside `model.onnx`."
+    )
     return lines

@@ -139,6 +139,118 @@ def test_the_8_bit_network_is_judged_and_used_only_when_it_is_as_good(config, ex
     assert config["network"] == ("model_int8.onnx" if good else "model.onnx")
 
 
+def test_the_page_in_a_browser_gets_a_network_that_was_judged(config, exported, betons):
+    judged, data = config["browser"], export_model.Data(betons)
+    assert judged["network"] == ("model_int8.onnx" if config["network"] == "model_int8.onnx" else "model_w8.onnx")
+    assert judged["bytes"] == (exported[0] / judged["network"]).stat().st_size
+    right = {}
+    for file in ("model.onnx", judged["network"]):
+        model = inference.Classifier(exported[0], file=file)
+        answers = [
+            (model.run(model.prepare(picture)[None])[0].argmax(), label) for picture, label in data.images("val", 110)
+        ]
+        right[file] = 100 * np.mean([given == label for given, label in answers])
+    assert judged["images"] == len(answers) == 110
+    assert judged["top1"] == pytest.approx(right[judged["network"]])
+    assert judged["points"] == pytest.approx(right[judged["network"]] - right["model.onnx"])
+    assert judged["low"] <= judged["points"] <= judged["high"]
+    size = f"The page in a browser runs `{judged['network']}`, {judged['bytes'] / 1e6:.1f} MB, 110 validation images: "
+    assert f"{size}{judged['top1']:.2f} % top-1, " in (exported[0] / "README.md").read_text()
+    assert size.replace("`", "") in exported[1]
+
+
+@pytest.mark.parametrize("verdict", ["taken", "left out, not faster", None])
+def test_the_page_in_a_browser_takes_the_8_bit_network_where_the_other_page_does(verdict, exported, betons, tmp_path):
+    for name in ("model.onnx", "config.json"):
+        shutil.copy(exported[0] / name, tmp_path)
+    shutil.copy(tmp_path / "model.onnx", tmp_path / "model_int8.onnx")
+    int8 = verdict and {"verdict": verdict, "int8_top1": 70.5, "points": -0.2, "low": -0.6, "high": 0.2}
+    right = np.zeros(20, bool)
+    judged = export_model.for_browser(tmp_path, export_model.Data(betons), int8, right)
+    if verdict == "taken":
+        assert not (tmp_path / "model_w8.onnx").exists()
+        assert (judged["network"], judged["top1"], judged["points"]) == ("model_int8.onnx", 70.5, -0.2)
+    else:
+        assert judged["network"] == "model_w8.onnx"
+        assert judged["points"] == pytest.approx(judged["top1"])
+        assert judged["images"] == 20
+        assert judged["top1"] > 20
+        assert judged["bytes"] == (tmp_path / "model_w8.onnx").stat().st_size
+
+
+def test_a_network_that_is_much_worse_in_a_browser_is_kept_and_said(config, exported, capsys):
+    for points, said in ((-0.29, False), (-0.31, True)):
+        export_model.report(exported[0], config | {"browser": config["browser"] | {"points": points}})
+        assert ("note: the page in a browser is more than 0.3 points worse" in capsys.readouterr().out) == said
+
+
+def test_nothing_of_an_earlier_export_stays(tmp_path):
+    old, new = tmp_path / "model", tmp_path / "new"
+    for folder, name in ((old, "model_w8.onnx"), (new, "model_int8.onnx")):
+        folder.mkdir()
+        (folder / name).touch()
+    export_model.replace(old, new)
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["model", "model/model_int8.onnx"]
+
+
+def test_weights_in_8_bits_give_what_float_ones_give(exported, textures, tmp_path):
+    export.write_w8(exported[0] / "model.onnx", tmp_path / "w8.onnx")
+    shutil.copy(exported[0] / "config.json", tmp_path)
+    onnx.checker.check_model(tmp_path / "w8.onnx", full_check=True)
+    assert (tmp_path / "w8.onnx").stat().st_size < 0.28 * (exported[0] / "model.onnx").stat().st_size
+    expected, model = (
+        inference.Classifier(exported[0], file="model.onnx"),
+        inference.Classifier(tmp_path, file="w8.onnx"),
+    )
+    seen = np.stack([tiny_model.seen(path) for path in sorted(textures.glob("val/*/*.jpg"))])
+    (logits, features), (others, theirs) = expected.run(seen), model.run(seen)
+    apart = np.abs(expected.probabilities(logits) - model.probabilities(others)).max(1)
+    # its logits go up to 18: a trained ResNet-50's probabilities are 0.001 apart on average (studies/browser)
+    assert 0 < apart.mean() < 0.008
+    maps = expected.activation_maps(features[0]), model.activation_maps(theirs[0])
+    assert 0 < np.abs(maps[0] - maps[1]).max() < 0.08
+
+
+def test_large_weights_are_stored_once_in_8_bits_and_small_ones_in_float(exported, config, tmp_path):
+    export.write_w8(exported[0] / "model.onnx", tmp_path / "w8.onnx")
+    tensors = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(tmp_path / "w8.onnx").graph.initializer]
+    in_8_bits = [tensor.size for tensor in tensors if tensor.dtype == np.int8]
+    assert max(tensor.size for tensor in tensors if tensor.dtype == np.float32) < export.W8_LEAST <= min(in_8_bits)
+    weights = export.read_safetensors(exported[0] / "model.safetensors").values()
+    assert sum(in_8_bits) == sum(weight.numel() for weight in weights if weight.numel() >= export.W8_LEAST)
+
+
+def test_balanced_rounding():
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.uniform(-127, 127, (50, 301)), rng.uniform(126.5, 127, (2, 301)), np.zeros((1, 301))])
+    rows[:50, :2] = -127, 127
+    rows = rows.astype(np.float32)
+    rounded = export.balanced_rounding(rows)
+    errors = rounded - rows
+    assert (np.abs(errors) < 1).all()
+    assert (rounded == np.rint(rounded)).all()
+    assert np.abs(rounded).max() == 127
+    assert (np.abs(errors.sum(1)) < 0.51).all()
+    # no more than it takes, and those that cost least
+    nearest = np.rint(rows) - rows
+    assert ((np.abs(errors) > 0.5).sum(1) == np.abs(np.rint(nearest.sum(1)))).all()
+    assert np.mean(errors[:50] ** 2) < 1.03 * np.mean(nearest[:50] ** 2)
+
+
+def test_the_8_bit_network_has_the_classifiers_weight_once(exported, textures, tmp_path):
+    seen = np.stack([tiny_model.seen(path) for path in sorted(textures.glob("val/*/000[0-4].jpg"))])
+    export.write_int8(exported[0] / "model.onnx", tmp_path / "int8.onnx", [seen])
+    shutil.copy(exported[0] / "config.json", tmp_path)
+    network = onnx.load(tmp_path / "int8.onnx")
+    onnx.checker.check_model(network, full_check=True)
+    shapes = [tuple(tensor.dims) for tensor in network.graph.initializer]
+    assert shapes.count((10, 512)) == 1
+    expected = inference.Classifier(exported[0], file="model.onnx")
+    model = inference.Classifier(tmp_path, file="int8.onnx")
+    maps = [classifier.activation_maps(model.run(seen[:1])[1][0]) for classifier in (expected, model)]
+    assert 0 < np.abs(maps[0] - maps[1]).max() < 0.05
+
+
 def test_paired_difference():
     right = np.array([True] * 80 + [False] * 20)
     other = np.array([True] * 78 + [False] * 22)
