@@ -132,7 +132,7 @@ class Classifier:
 
     def __init__(self, folder, *, threads=None, file=None):
         self.folder = Path(folder)
-        self.config = _read_config(self.folder)
+        self.config = read_config(self.folder)
         try:
             prepared = self.config["preprocessing"]
             self.resolution, self.crop_ratio = prepared["resolution"], prepared["crop_ratio"]
@@ -236,7 +236,8 @@ def cores():
         return count
 
 
-def _read_config(folder):
+def read_config(folder):
+    """The config.json of an exported model's folder, a Path. BadModel where it is none."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))

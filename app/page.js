@@ -10,15 +10,22 @@
 
     const COLOURS = Array.from({length: 256}, (_, value) => colour(value / 255));
 
+    /** A class's map as bytes: where the page has the network, it computes it. */
+    function mapOf(result, index, size) {
+        if (result.activationMap) return result.activationMap(index);
+        const all = atob(result.dataset.maps), start = index * size;
+        return Uint8Array.from({length: size}, (_, k) => all.charCodeAt(start + k));
+    }
+
     function draw(result, index) {
         const [width, height] = result.dataset.grid.split("x").map(Number);
-        const all = atob(result.dataset.maps), start = index * width * height;
+        const map = mapOf(result, index, width * height);
         const small = document.createElement("canvas");
         small.width = width;
         small.height = height;
         const cells = new ImageData(width, height);
         for (let k = 0; k < width * height; k++) {
-            cells.data.fill(all.charCodeAt(start + k), 4 * k, 4 * k + 3);
+            cells.data.fill(map[k], 4 * k, 4 * k + 3);
             cells.data[4 * k + 3] = 255;
         }
         small.getContext("2d").putImageData(cells, 0, 0);

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Opens the Space's page on this machine, with the packages that the Space gets: bash tools/app.sh MODEL_FOLDER
+#   --browser    after MODEL_FOLDER: the page of the static Space, which runs the model in the browser
 # They are in .venv-app, apart from .venv: Gradio does not allow the Pillow that training is tested with.
 #   --install    only make .venv-app
 # GRADIO_SERVER_PORT chooses the port; without it 7860 or the next that is free. Repeating it installs nothing.
@@ -7,8 +8,11 @@ set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stamp=$root/.venv-app/rn50-app-done
 
-if (($# != 1)); then
-    echo "error: usage: bash tools/app.sh MODEL_FOLDER (tools/export_model.py makes one)" >&2
+page=app/app.py
+if [[ $# == 2 && $2 == --browser ]]; then
+    page=app/browser/build.py
+elif (($# != 1)); then
+    echo "error: usage: bash tools/app.sh MODEL_FOLDER [--browser] (tools/export_model.py makes one)" >&2
     exit 2
 fi
 # app.py reads ~ and $NAME
@@ -34,5 +38,5 @@ if [[ ! -f $stamp || $(<"$stamp") != "$wanted" ]]; then
 fi
 exec 9>&-
 if [[ $1 != --install ]]; then
-    MODEL_DIR=$1 exec "$root/.venv-app/bin/python" "$root/app/app.py"
+    MODEL_DIR=$1 exec "$root/.venv-app/bin/python" "$root/$page"
 fi

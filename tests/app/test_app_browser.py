@@ -1,54 +1,28 @@
 """The page in headless Chromium, as a visitor has it: desktop and phone, light and dark, mouse and keyboard."""
 
-import base64
-import io
 import json
 import time
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
-from tests import tiny_model
 from tests.app.test_app import known  # noqa: F401
 from tests.conftest import ROOT
 
 pytest.importorskip("selenium")
-from axe_selenium_python import Axe
-from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select, WebDriverWait
+from selenium.webdriver.support.ui import Select
+
+from tests.app.visitor import assert_accessible, copy, drawn, drop, find, press_paste, shape, start_browser, tab, wait
 
 PICTURE = "#rn50-picture input[type=file]"
-
-
-def find(browser, selector, within=20):
-    """The first element that is there within some seconds."""
-    return WebDriverWait(browser, within).until(lambda b: b.find_elements(By.CSS_SELECTOR, selector))[0]
-
-
-def wait(browser, condition, within=20):
-    return WebDriverWait(browser, within).until(lambda b: condition())
-
-
-def shape(browser, width, height, *, mobile=False):
-    metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+SERIOUS = ("serious", "critical")  # the rest is Gradio's
 
 
 @pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium, which keeps what it says about its requests."""
-    programs = tiny_model.chromium()
-    if not programs:
-        pytest.skip("no chromium and chromedriver; run: apt-get install chromium chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = programs[0]
-    for flag in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--hide-scrollbars"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(programs[1]))
+    driver = start_browser()
     yield driver
     driver.quit()
 
@@ -60,18 +34,6 @@ def page(app, browser):
     browser.get(app.url + "/?__theme=light")
     find(browser, PICTURE)
     return browser
-
-
-def tab(browser, name):
-    button = next(b for b in browser.find_elements(By.CSS_SELECTOR, "button[role=tab]") if b.text == name)
-    button.click()
-    wait(browser, lambda: button.get_attribute("aria-selected") == "true")
-
-
-def drawn(browser):
-    """(class that the heat map is of, its pixels)."""
-    canvas = find(browser, ".rn50-seen canvas[data-drawn]")
-    return int(canvas.get_attribute("data-drawn")), browser.execute_script("return arguments[0].toDataURL()", canvas)
 
 
 def test_a_picture_gets_its_label_and_a_heat_map_for_the_chosen_class(page, known):  # noqa: F811
@@ -118,37 +80,8 @@ def test_an_example_is_answered(page):
 
 def test_a_picture_that_is_dropped_is_answered(page, known):  # noqa: F811
     path, label, _ = known[2]
-    page.execute_script(
-        """const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
-        const data = new DataTransfer();
-        data.items.add(new File([bytes], "dropped.jpg", {type: "image/jpeg"}));
-        const target = document.querySelector("#rn50-picture button");
-        for (const kind of ["dragenter", "dragover", "drop"])
-            target.dispatchEvent(new DragEvent(kind, {bubbles: true, cancelable: true, dataTransfer: data}));""",
-        base64.b64encode(path.read_bytes()).decode(),
-    )
+    drop(page, "#rn50-picture button", path)
     assert find(page, ".rn50-best").text.startswith(label)
-
-
-def copy(browser, url, path):
-    """Put a picture on Chromium's clipboard, as a PNG, which is what programs put there."""
-    permissions = ["clipboardReadWrite", "clipboardSanitizedWrite"]
-    browser.execute_cdp_cmd("Browser.grantPermissions", {"origin": url, "permissions": permissions})
-    file = io.BytesIO()
-    Image.open(path).save(file, "PNG")
-    outcome = browser.execute_async_script(
-        """const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0)), done = arguments[1];
-        const item = new ClipboardItem({"image/png": new Blob([bytes], {type: "image/png"})});
-        navigator.clipboard.write([item]).then(() => done("copied"), (error) => done(String(error)));""",
-        base64.b64encode(file.getvalue()).decode(),
-    )
-    assert outcome == "copied"
-
-
-def press_paste(browser):
-    key = {"key": "v", "code": "KeyV", "modifiers": 2}
-    browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyDown", "commands": ["paste"], **key})
-    browser.execute_cdp_cmd("Input.dispatchKeyEvent", {"type": "keyUp", **key})
 
 
 def test_a_picture_that_is_pasted_is_answered_in_the_tab_that_is_open(page, app, known):  # noqa: F811
@@ -223,20 +156,12 @@ def test_accessibility_and_phone(app, browser, known, theme):  # noqa: F811
     seen = browser.find_element(By.CSS_SELECTOR, ".rn50-seen").rect
     assert seen["x"] >= 0
     assert seen["x"] + seen["width"] <= 390
-    assert_accessible(browser, "Classify on a phone")
+    assert_accessible(browser, "Classify on a phone", SERIOUS)
     shape(browser, 1280, 900)
     for name in ("Batch", "About", "API"):
         tab(browser, name)
         time.sleep(0.5)
-        assert_accessible(browser, name)
-
-
-def assert_accessible(browser, where):
-    axe = Axe(browser)
-    axe.inject()
-    found = [v for v in axe.run()["violations"] if v["impact"] in ("serious", "critical")]
-    told = [f"{where}: {v['id']}: {node['html'][:200]}" for v in found for node in v["nodes"]]
-    assert not told, "\n".join(told)
+        assert_accessible(browser, name, SERIOUS)
 
 
 def test_the_page_asks_nobody_else_for_anything(page, app):

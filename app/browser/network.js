@@ -1,0 +1,61 @@
+// worker.js as the page has it: files go in, what the network makes of them comes out.
+
+export class Network {
+    #worker;
+    #ids = 0;
+    #waiting = new Map();
+    #problem = null;
+
+    /** where: "wasm" or "webgpu". progress({loaded, total} in bytes), ready(details), failed(words) are told of its start. */
+    constructor(where, {progress = () => {}, ready = () => {}, failed = () => {}} = {}) {
+        Object.assign(this, {where, progress, ready, failed});
+        this.#start();
+    }
+
+    #start() {
+        this.#worker?.terminate();
+        this.#worker = new Worker(new URL(`worker.js?on=${this.where}`, import.meta.url), {type: "module"});
+        this.#worker.addEventListener("message", ({data}) => this.#hear(data));
+        this.#worker.addEventListener("error", () => this.#fail("The network has stopped: is there a connection?"));
+        for (const [id, {file}] of this.#waiting) this.#worker.postMessage({id, file});
+    }
+
+    #hear({progress, ready, failed, id, seen, problem, broken}) {
+        if (progress) this.progress(progress);
+        else if (ready) this.ready(ready);
+        else if (failed) this.#fail(failed);
+        else {
+            const {resolve, reject} = this.#waiting.get(id);
+            this.#waiting.delete(id);
+            if (seen) resolve(seen);
+            else reject(new Error(problem));
+            if (broken) this.#start();
+        }
+    }
+
+    #fail(words) {
+        this.#problem = words;
+        this.stop();
+        for (const {reject} of this.#waiting.values()) reject(new Error(words));
+        this.#waiting.clear();
+        this.failed(words);
+    }
+
+    /** {probabilities, features, shown, decodeMs, networkMs} of a file; rejected with words for people. */
+    classify(file) {
+        return new Promise((resolve, reject) => {
+            if (this.#problem) throw new Error(this.#problem);
+            const id = this.#ids++;
+            this.#waiting.set(id, {file, resolve, reject});
+            this.#worker.postMessage({id, file});
+        });
+    }
+
+    get busy() {
+        return this.#waiting.size > 0;
+    }
+
+    stop() {
+        this.#worker.terminate();
+    }
+}

@@ -1,0 +1,178 @@
+// The network, away from the page: pictures come in as files, probabilities and feature maps go out.
+import {decode, UnreadableImage} from "./decode.js";
+import {normalise, see} from "./resize.js";
+
+// A module that adds two vectors of 16 bytes.
+const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
+const MOST_THREADS = 4;
+const WHERE = new URLSearchParams(self.location.search).get("on"); // wasm or webgpu
+
+let site, ort, session, kept;
+
+class Failed extends Error {}
+
+function megabytes(bytes) {
+    return (bytes / 1e6).toFixed(1);
+}
+
+async function sha256(bytes) {
+    const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
+    return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
+/** A cache of the browser's, or nothing where it has none to give, as in some private windows. */
+async function openCache() {
+    try {
+        return await caches.open("rn50-network");
+    } catch {
+        return null;
+    }
+}
+
+/** The bytes of a large file, from the cache or else downloaded. arrived(bytes) is told of all that comes. */
+async function load({path, bytes, sha256: wanted}, arrived) {
+    const address = new URL(`${path}?${wanted}`, self.location).href;
+    const found = await kept?.match(address);
+    if (found) {
+        const content = new Uint8Array(await found.arrayBuffer());
+        if (await sha256(content) === wanted) {
+            arrived(bytes);
+            return content;
+        }
+        await kept.delete(address);
+    }
+    let response;
+    try {
+        response = await fetch(address);
+    } catch {
+        throw new Failed("The network could not be loaded: is there a connection?");
+    }
+    if (!response.ok) throw new Failed(`The network could not be loaded: the server says ${response.status}.`);
+    const content = new Uint8Array(bytes);
+    let length = 0;
+    try {
+        const reader = response.body.getReader();
+        for (let part = await reader.read(); !part.done; part = await reader.read()) {
+            if (length + part.value.length <= bytes) content.set(part.value, length);
+            length += part.value.length;
+            arrived(part.value.length);
+        }
+    } catch {
+        // what has come is less than what is wanted
+    }
+    if (length < bytes) throw new Failed(`Only ${megabytes(length)} of ${megabytes(bytes)} MB of ${path} have arrived.`);
+    if (length > bytes || await sha256(content) !== wanted) throw new Failed(`${path} is damaged on its way or on the server.`);
+    await kept?.put(address, new Response(content)).catch(() => {}); // no room: loaded again next time
+    return content;
+}
+
+function unpack(content) {
+    return new Response(new Blob([content]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+}
+
+async function start() {
+    if (typeof WebAssembly === "undefined" || !WebAssembly.validate(new Uint8Array(SIMD))) {
+        throw new Failed("This browser is too old, or WebAssembly is switched off: Chrome 91, Firefox 114, Safari 16.4 or newer can run the network.");
+    }
+    try {
+        site = await (await fetch("site.json")).json();
+    } catch {
+        throw new Failed("The page could not be loaded: is there a connection?");
+    }
+    kept = await openCache();
+    const {module, wasm} = site.runtimes[WHERE];
+    const total = wasm.bytes + site.network.bytes;
+    let loaded = 0;
+    const arrived = (bytes) => {
+        loaded += bytes;
+        postMessage({progress: {loaded, total}});
+    };
+    const [runtime, network] = await Promise.all([wasm, site.network].map((file) => load(file, arrived).then(unpack)));
+    try {
+        ort = await import(`./${module}`);
+    } catch {
+        throw new Failed("The page could not be loaded: is there a connection?");
+    }
+    ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(MOST_THREADS, navigator.hardwareConcurrency) : 1;
+    ort.env.wasm.wasmBinary = runtime;
+    const weight = await create(new Uint8Array(network));
+    const {names, wnids, runtimes} = site;
+    const threads = ort.env.wasm.numThreads;
+    postMessage({ready: {names, wnids, threads, weight: weight.data, webgpu: "webgpu" in runtimes}});
+    const current = [site.network, ...Object.values(runtimes).map((runtime) => runtime.wasm)];
+    for (const {url} of await kept?.keys().catch(() => []) ?? []) {
+        if (!current.some(({sha256: wanted}) => url.endsWith(`?${wanted}`))) await kept.delete(url);
+    }
+}
+
+/** Make the session, ready for pictures; returns the classifier's weight. */
+async function create(network) {
+    try {
+        session = await ort.InferenceSession.create(network, {executionProviders: [WHERE]});
+        // the first run takes twice as long as the others
+        const nothing = new Float32Array(3 * site.preprocessing.resolution ** 2);
+        return (await run(nothing, ["logits", "features", "classifier_weight"])).classifier_weight;
+    } catch (problem) {
+        console.error(problem);
+        throw new Failed("The network could not be started, perhaps for want of memory: close other pages.");
+    }
+}
+
+function run(images, outputs) {
+    const {resolution} = site.preprocessing;
+    return session.run({images: new ort.Tensor("float32", images, [1, 3, resolution, resolution])}, outputs);
+}
+
+/** Softmax, or for a network trained with a sigmoid for each class those. */
+function probabilities(logits) {
+    if (site.activation === "sigmoid") return Float32Array.from(logits, (logit) => 1 / (1 + Math.exp(-logit)));
+    const most = logits.reduce((a, b) => Math.max(a, b));
+    const shares = Float64Array.from(logits, (logit) => Math.exp(logit - most));
+    const sum = shares.reduce((a, b) => a + b);
+    return Float32Array.from(shares, (share) => share / sum);
+}
+
+async function classify(file) {
+    const {resolution, crop_ratio: cropRatio} = site.preprocessing;
+    const started = performance.now();
+    const picture = await decode(new Uint8Array(await file.arrayBuffer()), site.kinds);
+    try {
+        const images = normalise(see(picture, {resolution, cropRatio}), site.preprocessing);
+        const prepared = performance.now();
+        const {logits, features} = await run(images, ["logits", "features"]);
+        const ended = performance.now();
+        return {
+            probabilities: probabilities(logits.data),
+            features: {data: features.data, shape: features.dims.slice(1)},
+            shown: await picture.shown(resolution, cropRatio),
+            decodeMs: prepared - started,
+            networkMs: ended - prepared,
+            where: WHERE,
+        };
+    } finally {
+        picture.close();
+    }
+}
+
+function words(problem) {
+    if (problem instanceof UnreadableImage || problem instanceof Failed) return problem.message;
+    console.error(problem);
+    return "The browser could not do this, perhaps for want of memory: close other pages, or take a smaller picture.";
+}
+
+const started = start();
+started.catch((problem) => postMessage({failed: words(problem)}));
+
+// One at a time: two pictures at once would only share the processor.
+let turn = started.catch(() => {});
+self.addEventListener("message", ({data: {id, file}}) => {
+    turn = turn.then(async () => {
+        try {
+            await started;
+            postMessage({id, seen: await classify(file)});
+        } catch (problem) {
+            // after a trap in WebAssembly its memory is not to be trusted
+            postMessage({id, problem: words(problem), broken: !(problem instanceof UnreadableImage)});
+        }
+    });
+});
