@@ -7,14 +7,20 @@ def headline(config):
     return next((row for row in config["results"] if row["headline"]), None)
 
 
-def title(config, classes):
-    """HTML: the model's name, what it is, and how often it is right. classes: how many it knows."""
+def title(config, classes, browser=None):
+    """HTML: the model's name, what it is, and how often it is right.
+
+    classes: how many it knows. browser: address of the static Space with the same model, to which it links.
+    """
     arch = config["architecture"]["arch"].replace("resnet", "ResNet-")
     row = headline(config)
     accuracy = f" It is right on {row['top1']:.1f} % of the validation images." if row else ""
+    # in a new tab: a Space is shown in a frame, in which the Hub's own pages do not open
+    words = "The same model in your own browser, without a server"
+    link = f' <a href="{html.escape(browser)}" target="_blank">{words}</a>' if browser else ""
     return (
         f'<header class="rn50-header"><h1>{html.escape(config["name"])}</h1><p>{arch}, trained from scratch on '
-        f"{html.escape(config['dataset'])}: {classes} classes.{accuracy}</p></header>"
+        f"{html.escape(config['dataset'])}: {classes} classes.{accuracy}{link}</p></header>"
     )
 
 

@@ -84,6 +84,14 @@ def from_hub():
     return os.path.dirname(paths[files.index("config.json")])
 
 
+def in_browser():
+    """Address of the static Space with the same model, where model.json names one."""
+    try:
+        return json.loads((HERE / "model.json").read_text(encoding="utf-8")).get("browser")
+    except (OSError, ValueError):
+        return None
+
+
 @contextmanager
 def without_stubs():
     """Gradio writes a stub file for each component class when it is defined, which takes half of the time to start."""
@@ -115,6 +123,14 @@ def start():
                 del os.environ[name]
         with without_stubs():
             import gradio
+
+            # As `spaces` reads it. ZeroGPU, the hardware of a free account's Space, ends a page that has no function
+            # for its GPU. This one is never called: no visitor shall pay with quota for what takes the processor
+            # milliseconds. Not before gradio, which would let `spaces` wrap the page's own functions.
+            if os.environ.get("SPACES_ZERO_GPU", "").lower() in ("1", "t", "true"):
+                import spaces
+
+                spaces.GPU(lambda: None)
         return gradio, model.result()
 
 
@@ -297,7 +313,7 @@ def build(url):
     on_page = {**shared, "api_visibility": "private", "show_progress": "minimal"}
     names = json.dumps(MODEL.names).replace("<", "\\u003c")
     with Page(title=CONFIG["name"], delete_cache=(DELETE_EVERY, DELETE_AFTER), analytics_enabled=False) as page:
-        gr.HTML(title(CONFIG, len(MODEL.labels)))
+        gr.HTML(title(CONFIG, len(MODEL.labels), in_browser()))
         with gr.Tab("Classify"):
             with gr.Row(equal_height=False):
                 with gr.Column(scale=2, min_width=280):

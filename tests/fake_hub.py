@@ -9,23 +9,34 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
 TOKEN = "hf_" + "x" * 34
+# The Hub's own words, as others have published them; but those about a third ZeroGPU Space, which nobody has.
 UNPAID = (
     "Static Spaces are free for everyone, but hosting Gradio and Docker Spaces on free cpu-basic requires a PRO "
     "subscription."
 )
-LARGE = (".onnx", ".safetensors", ".jpg")
+YOUNG = (
+    "You must be subscribed to PRO to host Spaces with ZeroGPU. If you recently created your account, please wait 30 "
+    "days or request a community grant."
+)
+THIRD = "You already host 2 Spaces with ZeroGPU."
+DOWNGRADE = (
+    "Without a PRO subscription, you can't downgrade this Space to cpu-basic. Pause it instead to stop hardware "
+    "charges, or subscribe."
+)
+LARGE = (".onnx", ".safetensors", ".jpg", ".gz")
 
 
 class Hub:
     """`with Hub() as hub:` hub.url; hub.repos: {(kind, id): list of commits, each {path: bytes}}.
 
-    Set `refuse` to an HTTP status to have every commit refused with it, `unpaid` to have Spaces refused as to accounts
-    without a subscription, `invalid` to what is wrong with every README.md.
+    Set `refuse` to an HTTP status to have every commit refused with it, `invalid` to what is wrong with every
+    README.md. `account` is what it says of "me": a free account; give it isPro, or orgs with their plans. `young`: too
+    young for ZeroGPU. hub.settings: what each repository was created with, and hardware that was asked for later.
     """
 
     def __init__(self):
         self.repos, self.objects, self.settings, self.refuse, self.requests = {}, {}, {}, None, []
-        self.unpaid, self.invalid = False, None
+        self.account, self.young, self.invalid = {"isPro": False, "orgs": []}, False, None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -38,12 +49,19 @@ class Hub:
                     asked = json.loads(body)
                     name = f"{asked['organization']}/{asked['name']}"
                     key = (asked.get("type", "model"), name)
-                    if hub.unpaid and key[0] == "space":
-                        return self.answer(402, {"error": UNPAID})
+                    if refused := asked.get("sdk") in ("gradio", "docker") and hub.refused(key, asked.get("hardware")):
+                        return self.answer(*refused)
                     if key in hub.repos:
                         return self.answer(409, {"error": "You already created this repo", "url": f"{hub.url}/{name}"})
                     hub.repos[key], hub.settings[key] = [{}], asked
                     return self.answer(200, {"url": f"{hub.url}/{name}"})
+                if match := re.fullmatch(r"/api/spaces/([^/]+/[^/]+)/hardware", self.path):
+                    flavor = json.loads(body)["flavor"]
+                    if flavor == "cpu-basic" and not hub.paid(match[1]):
+                        return self.answer(402, {"error": DOWNGRADE})
+                    hub.settings["space", match[1]]["hardware"] = flavor
+                    hardware = {"current": None, "requested": flavor}
+                    return self.answer(200, {"stage": "BUILDING", "hardware": hardware, "gcTimeout": None})
                 if self.path == "/api/validate-yaml":
                     if hub.invalid:
                         return self.answer(400, {"errors": [{"message": hub.invalid}], "warnings": []})
@@ -86,7 +104,8 @@ class Hub:
                     if self.headers.get("Authorization") != f"Bearer {TOKEN}":
                         return self.answer(401, {"error": "Invalid credentials"})
                     token = {"displayName": "test", "role": "write"}
-                    return self.answer(200, {"type": "user", "name": "me", "auth": {"accessToken": token}})
+                    account = {"type": "user", "name": "me", "auth": {"accessToken": token}}
+                    return self.answer(200, account | hub.account)
                 asked = re.match(r"/api/(model|space)s/([^/]+/[^/]+)", path)
                 if asked and asked.groups() not in hub.repos:
                     return self.answer(404, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
@@ -98,12 +117,16 @@ class Hub:
                         {"type": "file", "path": name, "size": len(files[name]), "oid": "0" * 40} for name in files
                     ]
                     return self.answer(200, listing)
-                if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
-                    if hub.private(("model", match[1])) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                if match := re.fullmatch(r"/(spaces/)?([^/]+/[^/]+)/resolve/(\w+)/(.+)", path):
+                    key = ("space" if match[1] else "model", match[2])
+                    if hub.private(key) and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                         return self.answer(401, {"error": "Repository not found"}, **{"X-Error-Code": "RepoNotFound"})
-                    number = hub.number(match[2], ("model", match[1]))
-                    content = hub.repos["model", match[1]][number][match[3]]
-                    headers = {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": match[2]}
+                    number = len(hub.repos[key]) - 1 if match[3] == "main" else hub.number(match[3], key)
+                    content = hub.repos[key][number][match[4]]
+                    headers = {
+                        "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+                        "X-Repo-Commit": hub.oid(number, key),
+                    }
                     return self.answer(200, content, head=head, **headers)
                 self.answer(404, {"error": "Not found"})
 
@@ -126,6 +149,22 @@ class Hub:
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def paid(self, name):
+        """Whether the owner of repository `name` has PRO or a plan."""
+        orgs = {org["name"]: org.get("plan") for org in self.account.get("orgs", ())}
+        return bool({"me": self.account.get("isPro")}.get(name.split("/")[0]) or orgs.get(name.split("/")[0]))
+
+    def refused(self, key, hardware):
+        """(status, body) with which a Gradio or Docker Space is not created; None where it is."""
+        if self.paid(key[1]):
+            return None
+        if hardware != "zero-a10g":
+            return 402, {"error": UNPAID}
+        if self.young or not key[1].startswith("me/"):
+            return 402, {"error": YOUNG}
+        hosted = [other for other in self.repos if other != key and self.settings[other].get("hardware") == hardware]
+        return (403, {"error": THIRD}) if len(hosted) >= 2 else None
 
     def commit(self, kind, name, lines):
         files = dict(self.repos[kind, name][-1])

@@ -101,12 +101,14 @@ RUN_BY = {
         "tools/export_model.py",
     ],
     "test_readme.py::test_the_app_opens_an_exported_network": ["bash tools/app.sh model/"],
+    "app/test_browser_page.py::test_app_sh_serves_it_and_ends_by_a_signal": ["bash tools/app.sh model/ --browser"],
     "test_publish.py::test_the_token_of_hf_auth_login_is_taken": [".venv/bin/hf auth login"],
     "test_publish.py::test_dry_run_lists_all_with_sizes_and_needs_neither_network_nor_token": [
-        ".venv/bin/python tools/publish.py --model model/ --repo USER/NAME --space USER/NAME --dry-run",
+        ".venv/bin/python tools/publish.py --model model/ --repo USER/NAME --static USER/PAGE --dry-run",
     ],
     "test_publish.py::test_publishing_again_is_one_commit_each_and_the_space_runs_the_commit_it_names": [
-        ".venv/bin/python tools/publish.py --model model/ --repo USER/NAME --space USER/NAME",
+        ".venv/bin/python tools/publish.py --model model/ --repo USER/NAME --static USER/PAGE",
+        ".venv/bin/python tools/publish.py --model model/ --repo USER/NAME --static USER/PAGE --space USER/SERVER",
     ],
     "test_predict.py::test_a_table_and_json_say_the_same": [
         ".venv/bin/python tools/predict.py IMAGE... --model model/ [--json] [--cam heat.png]",
@@ -217,7 +219,10 @@ def understand(words, monkeypatch, ranks=1):
         script = ROOT / words[0]
         assert os.access(script, os.X_OK)
         assert subprocess.run(["bash", "-n", script]).returncode == 0
-        assert script.name == "test.sh" or len(words) == (2 if script.name == "app.sh" else 1)
+        if script.name == "app.sh":
+            assert len(words) == 2 or words[2:] == ["--browser"]
+        else:
+            assert script.name == "test.sh" or len(words) == 1
     elif Path(program).name == "torchrun":
         named = any(word.endswith(".py") for word in words)
         options = torchrun_arguments(words if named else [*words, "train_imagenet.py"])

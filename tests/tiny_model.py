@@ -126,9 +126,12 @@ def link_checkout(folder):
 
 
 class App:
-    """The page as tools/app.sh opens it, in a process of its own. uploads: what it holds of what it was sent."""
+    """The page as tools/app.sh opens it, in a process of its own. uploads: what it holds of what it was sent.
 
-    def __init__(self, model, scratch):
+    settings: environment variables beside its own.
+    """
+
+    def __init__(self, model, scratch, **settings):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -140,7 +143,7 @@ class App:
         (scratch / "watch").mkdir()
         (scratch / "watch/sitecustomize.py").write_text(WATCH)
         self.home.mkdir()
-        environment |= {"HOME": self.home, "PYTHONPATH": scratch / "watch", "CONTACTED": self._contacted}
+        environment |= {"HOME": self.home, "PYTHONPATH": scratch / "watch", "CONTACTED": self._contacted, **settings}
         with open(self.log, "w") as log:
             command = ["bash", link_checkout(scratch / "checkout") / "tools/app.sh", model]
             self.process = subprocess.Popen(command, env=environment, cwd=scratch, stdout=log, stderr=subprocess.STDOUT)

@@ -504,9 +504,11 @@ def test_requirements_pin_all_that_is_installed():
     if not tiny_model.APP_PYTHON.exists():
         pytest.skip("the Space's packages are not installed; run: bash tools/app.sh --install")
     pinned = [line for line in (ROOT / "app/requirements.txt").read_text().splitlines() if not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pinned)
     frozen = subprocess.run([tiny_model.APP_PYTHON, "-m", "pip", "freeze"], capture_output=True, text=True, timeout=60)
-    assert sorted(frozen.stdout.split()) == sorted(pinned)
+    # the one that ZeroGPU's build pins itself
+    assert sorted(re.sub("^spaces==.*", "spaces", line) for line in frozen.stdout.split()) == sorted(pinned)
+    pinned.remove("spaces")
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in pinned)
     readme = (ROOT / "app/README.md").read_text()
     assert f"sdk_version: {next(line for line in pinned if line.startswith('gradio=='))[8:]}\n" in readme
     assert not any(line.startswith(("torch", "ffcv", "rn50")) for line in pinned)
@@ -521,13 +523,13 @@ def test_the_pins_allow_what_a_space_installs_with_them():
     code = "from importlib.metadata import requires; print(*requires('gradio'), sep='\\n')"
     listed = subprocess.run([tiny_model.APP_PYTHON, "-c", code], capture_output=True, text=True, timeout=60).stdout
     lines = (ROOT / "app/requirements.txt").read_text().splitlines()
-    pinned = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
+    pinned = dict(line.lower().replace("_", "-").split("==") for line in lines if "==" in line and line[0] != "#")
     asked = [Requirement(line) for line in [*listed.splitlines(), "uvicorn>=0.14.0", "websockets>=10.4"]]
     asked = [
         wanted
         for wanted in asked
         if not wanted.marker
-        or any(wanted.marker.evaluate({"extra": extra, "python_version": "3.11"}) for extra in ("", "oauth", "mcp"))
+        or any(wanted.marker.evaluate({"extra": extra, "python_version": "3.12"}) for extra in ("", "oauth", "mcp"))
     ]
     assert {wanted.name for wanted in asked} >= {"mcp", "authlib", "pydantic"}
     for wanted in asked:
