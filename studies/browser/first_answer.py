@@ -45,7 +45,8 @@ PICTURE = "#rn50-picture input[type=file]"
 
 def main():
     args = arguments()
-    paths = sorted(path for path in args.images.resolve().rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))[:PICTURES]
+    images = args.images.resolve().rglob("*")
+    paths = sorted(path for path in images if path.suffix.lower() in (".jpeg", ".jpg"))[:PICTURES]
     if not paths:
         raise RunError(f"no .jpeg in {args.images}")
     figures = {"machine": {"processor": processor(), "cores": cores(), "commit": commit()}}
