@@ -6,7 +6,7 @@ export class Network {
     #waiting = new Map();
     #problem = null;
 
-    /** where: "wasm" or "webgpu". progress({loaded, total} in bytes), ready(details), failed(words) are told of its start. */
+    /** where: "wasm" or "webgpu". progress({loaded, total} bytes), ready(details) and failed(words) are told. */
     constructor(where, {progress = () => {}, ready = () => {}, failed = () => {}} = {}) {
         Object.assign(this, {where, progress, ready, failed});
         this.#start();

@@ -15,15 +15,16 @@ self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim(
 
 async function answer(request) {
     const cache = await caches.open(KEPT);
+    let response;
     try {
-        const response = await fetch(request);
-        if (response.ok) await cache.put(request, response.clone());
-        return response;
+        response = await fetch(request);
     } catch (problem) {
         const kept = await cache.match(request, {ignoreSearch: true});
         if (kept) return kept;
         throw problem;
     }
+    if (response.ok) await cache.put(request, response.clone()).catch(() => {}); // no room
+    return response;
 }
 
 self.addEventListener("fetch", (event) => {

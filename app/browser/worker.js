@@ -3,7 +3,9 @@ import {decode, UnreadableImage} from "./decode.js";
 import {normalise, see} from "./resize.js";
 
 // A module that adds two vectors of 16 bytes.
-const SIMD = [0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253, 98, 11];
+const SIMD = "0,97,115,109,1,0,0,0,1,5,1,96,0,1,123,3,2,1,0,10,10,1,8,0,65,0,253,15,253,98,11".split(",");
+const TOO_OLD = "This browser is too old, or WebAssembly is switched off: "
+    + "Chrome 91, Firefox 114, Safari 16.4 or newer can run the network.";
 const MOST_THREADS = 4;
 const WHERE = new URLSearchParams(self.location.search).get("on"); // wasm or webgpu
 
@@ -15,9 +17,11 @@ function megabytes(bytes) {
     return (bytes / 1e6).toFixed(1);
 }
 
-async function sha256(bytes) {
+/** Whether bytes have this SHA-256; true where a page may not compute it, which takes https or localhost. */
+async function isWhole(bytes, sha256) {
+    if (!crypto.subtle) return true;
     const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
-    return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+    return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("") === sha256;
 }
 
 /** A cache of the browser's, or nothing where it has none to give, as in some private windows. */
@@ -30,12 +34,12 @@ async function openCache() {
 }
 
 /** The bytes of a large file, from the cache or else downloaded. arrived(bytes) is told of all that comes. */
-async function load({path, bytes, sha256: wanted}, arrived) {
-    const address = new URL(`${path}?${wanted}`, self.location).href;
+async function load({path, bytes, sha256}, arrived) {
+    const address = new URL(`${path}?${sha256}`, self.location).href;
     const found = await kept?.match(address);
     if (found) {
         const content = new Uint8Array(await found.arrayBuffer());
-        if (await sha256(content) === wanted) {
+        if (await isWhole(content, sha256)) {
             arrived(bytes);
             return content;
         }
@@ -60,8 +64,10 @@ async function load({path, bytes, sha256: wanted}, arrived) {
     } catch {
         // what has come is less than what is wanted
     }
-    if (length < bytes) throw new Failed(`Only ${megabytes(length)} of ${megabytes(bytes)} MB of ${path} have arrived.`);
-    if (length > bytes || await sha256(content) !== wanted) throw new Failed(`${path} is damaged on its way or on the server.`);
+    const come = `${megabytes(length)} of ${megabytes(bytes)} MB`;
+    if (length < bytes) throw new Failed(`The network came incomplete: ${come} of ${path} have arrived.`);
+    const damaged = length > bytes || !await isWhole(content, sha256);
+    if (damaged) throw new Failed(`The network came damaged: ${path} is not what it was when the page was made.`);
     await kept?.put(address, new Response(content)).catch(() => {}); // no room: loaded again next time
     return content;
 }
@@ -72,7 +78,7 @@ function unpack(content) {
 
 async function start() {
     if (typeof WebAssembly === "undefined" || !WebAssembly.validate(new Uint8Array(SIMD))) {
-        throw new Failed("This browser is too old, or WebAssembly is switched off: Chrome 91, Firefox 114, Safari 16.4 or newer can run the network.");
+        throw new Failed(TOO_OLD);
     }
     try {
         site = await (await fetch("site.json")).json();

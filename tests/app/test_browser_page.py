@@ -95,7 +95,7 @@ def classifier(model):
 
 @pytest.fixture(scope="module")
 def browser():
-    driver = start_browser()
+    driver = start_browser("--host-resolver-rules=MAP insecure.test 127.0.0.1")
     yield driver
     driver.quit()
 
@@ -261,9 +261,9 @@ def test_a_network_that_comes_damaged_or_cut_off_is_named_and_can_be_loaded_agai
     try:
         served.files[network] = whole[:1000] + bytes(100) + whole[1100:]
         browser.get(served.url)
-        assert f"{network} is damaged" in problem()
+        assert f"came damaged: {network}" in problem()
         find(browser, PICTURE).send_keys(str(known[0][0]))
-        assert "is damaged" in find(browser, "#rn50-shown [role=alert]").text
+        assert "came damaged" in find(browser, "#rn50-shown [role=alert]").text
         served.files[network] = whole
         served.cut.add(network)
         find(browser, "#rn50-failed button").click()
@@ -294,6 +294,13 @@ def test_a_network_that_comes_damaged_or_cut_off_is_named_and_can_be_loaded_agai
         assert not any(".gz" in request for request in served.requests[asked:])
     finally:
         served.close()
+
+
+def test_without_https_it_works_but_keeps_and_checks_nothing(served, browser, known):
+    opened(browser, served.url.replace("127.0.0.1", "insecure.test"))
+    assert not browser.execute_script("return isSecureContext")
+    find(browser, PICTURE).send_keys(str(known[0][0]))
+    assert find(browser, ".rn50-best").text.startswith(known[0][1])
 
 
 def test_a_browser_without_webassembly_is_told_so(served):
@@ -383,7 +390,8 @@ def test_nothing_is_sent_and_nobody_else_asked(page, served, known):
     asked = [m["params"]["request"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert len(asked) > 20
     assert {request["method"] for request in asked} == {"GET"}
-    assert all(r["url"].startswith(("http://127.0.0.1:", "blob:", "data:")) for r in asked)
+    own = ("http://127.0.0.1:", "http://insecure.test:", "blob:", "data:")
+    assert all(request["url"].startswith(own) for request in asked)
     assert {request.split()[0] for request in served.requests} == {"GET"}
     # and could not be: the page's own policy
     outcome = page.execute_async_script(
