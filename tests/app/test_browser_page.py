@@ -303,6 +303,16 @@ def test_without_https_it_works_but_keeps_and_checks_nothing(served, browser, kn
     assert find(browser, ".rn50-best").text.startswith(known[0][1])
 
 
+def test_a_browser_without_simd_is_told_so(files, browser):
+    worker = build.content_of(files["worker.js"])
+    served = Served(files | {"worker.js": b"WebAssembly.validate = () => false;\n" + worker})
+    try:
+        browser.get(served.url)
+        assert "Chrome 91, Firefox 114, Safari 16.4 or newer" in find(browser, "#rn50-failed [role=alert]").text
+    finally:
+        served.close()
+
+
 def test_a_browser_without_webassembly_is_told_so(served):
     old = start_browser("--js-flags=--jitless")
     try:
