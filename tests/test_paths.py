@@ -25,7 +25,7 @@ WORDS = {
     "plan_run": ["instance"],
     "predict": ["cam_class"],
     "preflight": ["instance"],
-    "publish": ["repo", "space"],
+    "publish": ["hardware", "repo", "space", "static"],
     "verify_beton": [],
 }
 WORD_KEYS = {"source.splits", "budget.instance"}

@@ -450,10 +450,9 @@ def test_the_app_opens_an_exported_network(clone, exported, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "TMPDIR": str(tmp_path)}
+    command = next(command for command in readme_commands() if command.startswith("bash tools/app.sh"))
     with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            shlex.split(written("bash tools/app.sh")), cwd=clone, env=environment, stdout=log, stderr=log
-        )
+        process = subprocess.Popen(shlex.split(command), cwd=clone, env=environment, stdout=log, stderr=log)
     try:
         deadline, page = time.monotonic() + 90, None
         while page is None:
