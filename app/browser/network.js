@@ -14,7 +14,8 @@ export class Network {
 
     #start() {
         this.#worker?.terminate();
-        this.#worker = new Worker(new URL(`worker.js?on=${this.where}`, import.meta.url), {type: "module"});
+        const options = {type: "module", name: this.where};
+        this.#worker = new Worker(new URL("worker.js", import.meta.url), options);
         this.#worker.addEventListener("message", ({data}) => this.#hear(data));
         this.#worker.addEventListener("error", () => this.#fail("The network has stopped: is there a connection?"));
         for (const [id, {file}] of this.#waiting) this.#worker.postMessage({id, file});

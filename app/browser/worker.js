@@ -7,7 +7,7 @@ const SIMD = "0,97,115,109,1,0,0,0,1,5,1,96,0,1,123,3,2,1,0,10,10,1,8,0,65,0,253
 const TOO_OLD = "This browser is too old, or WebAssembly is switched off: "
     + "Chrome 91, Firefox 114, Safari 16.4 or newer can run the network.";
 const MOST_THREADS = 4;
-const WHERE = new URLSearchParams(self.location.search).get("on"); // wasm or webgpu
+const WHERE = self.name; // wasm or webgpu
 
 let site, ort, session, kept;
 
