@@ -44,6 +44,8 @@ def main():
     paths = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in (".jpeg", ".jpg"))
     if not paths:
         raise RunError(f"no .jpeg in {args.images}")
+    if not tiny_model.chromium():
+        raise RunError("no chromium and chromedriver; run: apt-get install chromium chromium-driver")
     config = inference.read_config(args.model)
     names = inference.display_names(config["labels"])
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-import torch
+from networks import RESOLUTION, RN50_78, random_network
 from PIL import Image, ImageOps
 from selenium.webdriver.common.by import By
 
@@ -28,7 +28,6 @@ from rn50.command import run
 from rn50.errors import RunError
 from rn50.files import write_atomically
 from rn50.machine import commit, cores, processor
-from rn50.model import build_model
 from rn50.publishing import export
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,10 +35,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "app/browser")]
 import build  # noqa: E402
 import inference  # noqa: E402
 
+from tests import tiny_model  # noqa: E402
 from tests.app.visitor import find, start_browser, tab, wait  # noqa: E402
 
-RN50_78 = {"arch": "resnet50", "num_classes": 1000, "blurpool": True, "blur_maxpool": True}
-RESOLUTION, VISITS, PICTURES = 224, 5, 100
+VISITS, PICTURES = 5, 100
 PICTURE = "#rn50-picture input[type=file]"
 
 
@@ -49,6 +48,8 @@ def main():
     paths = sorted(path for path in images if path.suffix.lower() in (".jpeg", ".jpg"))[:PICTURES]
     if not paths:
         raise RunError(f"no .jpeg in {args.images}")
+    if not tiny_model.chromium():
+        raise RunError("no chromium and chromedriver; run: apt-get install chromium chromium-driver")
     figures = {"machine": {"processor": processor(), "cores": cores(), "commit": commit()}}
     with tempfile.TemporaryDirectory() as folder:
         model, large = Path(folder) / "model", Path(folder) / "large.jpg"
@@ -84,16 +85,14 @@ def make_model(source, folder):
     config |= {"architecture": RN50_78, "labels": labels, "examples": []}
     config["preprocessing"] |= {"resolution": RESOLUTION, "crop_ratio": 0.875}
     (folder / "config.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    network = build_model(**RN50_78).eval()
-    export.write_onnx(network, folder / export.NETWORK, resolution=RESOLUTION)
+    export.write_onnx(random_network(), folder / export.NETWORK, resolution=RESOLUTION)
     calibration = [np.random.default_rng(0).standard_normal((4, 3, RESOLUTION, RESOLUTION)).astype(np.float32)]
     export.write_int8(folder / export.NETWORK, folder / export.NETWORK_INT8, calibration)
     export.write_w8(folder / export.NETWORK, folder / export.NETWORK_W8)
 
 
 def first_visit_bytes(files):
-    """What a first visit downloads: all but the examples, the card and the runtime for graphics processors."""
+    """What a first visit downloads: all but the card and what graphics processors run on."""
     left_out = (*build.RUNTIMES["webgpu"], "README.md", "ort/LICENSE")
     return sum(len(build.content_of(files[name])) for name in files if name not in left_out)
 
