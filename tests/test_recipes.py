@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from rn50.data.order import steps_per_epoch
 from rn50.losses import binary_cross_entropy, cross_entropy
 from rn50.model import build_model
 from rn50.optimizer import build_optimizer, parameter_groups, set_learning_rate
+from rn50.planning import costs, projection, speeds
 from tests.conftest import ROOT
 from tests.test_train_imagenet import load
 
@@ -21,7 +23,10 @@ FFCV_EPOCHS = (16, 24, 32, 40, 56, 88)
 FFCV_STEPS = 312
 MILD = ["rn50_mild_28", "rn50_mild_36", "rn50_mild_60"]
 MEDIUM = ["rn50_medium_67", "rn50_medium_135", "rn50_78"]
-RECIPES = sorted(path.stem for path in (ROOT / "rn50_configs").glob("rn50_*.yaml"))
+CONFIGS = sorted((ROOT / "rn50_configs").glob("*.yaml"))
+RECIPES = [path.stem for path in CONFIGS if path.stem.startswith("rn50_")]
+UNUSUAL = {"blurpool", "blur_maxpool", "log_prior_bias", "ema_half_life", "micro_batch", "weight_decay", "decay"}
+UNUSUAL |= {"sam_rho", "sam_interval", "start_ramp", "end_ramp", "multiple", "crop_ratio", "rung", "every"}
 
 
 def config_of(name):
@@ -43,13 +48,66 @@ def test_the_family_is_complete():
     assert sorted([*family, *MILD, *MEDIUM]) == RECIPES
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_says_what_is_published_and_what_is_not_run(name):
-    lines = (ROOT / "rn50_configs" / f"{name}.yaml").read_text().splitlines()
-    header = "\n".join(line for line in lines if line.startswith("#"))
-    assert "\n# Published" in header
-    assert "\n# Ours: no ImageNet run yet" in header
-    assert config_of(name).logging.run_name == name
+@pytest.fixture(scope="module")
+def projected():
+    """{recipe: (top-1, hours and dollars)}, as every page has them, on the recommended machine."""
+    table = costs.read_table()
+    fitted, loader = speeds.fit(table), speeds.loader_rates(table)
+    errors = speeds.prediction_errors(speeds.check(table))
+    (machine,) = (machine for machine in costs.machines(table, spot=True) if machine.name == "g5.2xlarge")
+    found = {}
+    for one in costs.read_recipes(table):
+        row = projection.project(table, fitted, loader, errors, one, machine, 78, spot=True)
+        found[one.name] = (
+            "{top1:.1f} % ({top1_low:.1f} to {top1_high:.1f})".format(**row),
+            "{hours:.0f} h, ${dollars:.0f} (${dollars_low:.0f} to ${dollars_high:.0f})".format(**row),
+        )
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_header_answers_six_questions(path, projected):
+    lines = path.read_text().splitlines()
+    header = [line for line in lines if line.startswith("#")]
+    assert header == lines[:6]
+    asked = [line.removeprefix("# ").partition(":")[0] for line in header]
+    expected = "Expected files" if path.stem == "write_imagenet" else "Expected top-1"
+    assert asked == ["What", expected, "GPU", "Hours and price", "Change this if", "Read more"]
+    assert [line for line in lines if len(line) > 110] == []
+    page, anchor = header[5].removeprefix("# Read more: ").split("#")
+    headings = re.findall(r"^## (.*)", (ROOT / page).read_text(), re.M)
+    assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+    if path.stem in RECIPES:
+        top1, price = projected[path.stem]
+        assert f" {top1}, projected, 224 px, single view. Published" in header[1]
+        assert f" {price} on a g5.2xlarge spot; projected by tools/plan_run.py, 20" in header[3]
+        assert config_of(path.stem).logging.run_name == path.stem
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/recipes.md"])
+def test_the_tables_have_what_the_plan_says(page, projected):
+    rows = re.findall(r"^\|.*\| \d+ h, \$\d+ \(\$\d+ to \$\d+\) \|$", (ROOT / page).read_text(), re.M)
+    named = []
+    for row in rows:
+        named.append(re.search(r"`(rn50_\w+)`", row)[1])
+        for figure in projected[named[-1]]:
+            assert f"| {figure} |" in row
+    assert set(named) == set(RECIPES)
+
+
+def test_a_key_has_the_same_words_in_every_file():
+    """And a key that needs words has them: for one value of it, the same ones everywhere."""
+    words = {}
+    for path in CONFIGS:
+        for line in path.read_text().splitlines():
+            if found := re.fullmatch(r"  (\w+: .*?)(?:  # (.*))?", line):
+                setting, comment = found.groups()
+                if setting.partition(":")[0] not in ("lr_per_256", "crop_ratio", "start_ramp", "end_ramp", "multiple"):
+                    assert words.setdefault(setting, comment) == comment, f"{path.name}: {setting}"
+                else:
+                    words[setting] = words.get(setting) or comment
+    explained = {setting.partition(":")[0] for setting, comment in words.items() if comment}
+    assert explained >= UNUSUAL
 
 
 @pytest.mark.parametrize("epochs", FFCV_EPOCHS)
@@ -155,7 +213,7 @@ def blurred():
     )
 
 
-def test_what_decays_differs_from_ffcvs_name_match_by_what_the_header_says(blurred):
+def test_what_decays_differs_from_ffcvs_name_match_by_what_the_page_says(blurred):
     decayed, plain = parameter_groups(blurred, weight_decay=1e-4, decay=config_of("rn50_56_epochs").training.decay)
     names = {id(parameter): name for name, parameter in blurred.named_parameters()}
     ours = {names[id(parameter)] for parameter in decayed["params"]}
