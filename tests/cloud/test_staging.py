@@ -53,7 +53,7 @@ def test_staging_says_what_is_not_there_or_does_not_fit(cloud_account, tmp_path,
 @pytest.mark.parametrize(
     ("page", "actions"),
     [
-        ("docs/ec2.md", "doctor convert launch status stop resume clean fetch"),
+        ("docs/ec2.md", "doctor convert launch launch status stop resume fetch clean"),
         ("README.md", "doctor convert launch launch status clean"),
     ],
 )
