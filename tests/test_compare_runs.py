@@ -1,6 +1,7 @@
 """tools/compare_runs.py: what it says and draws of one run and of several, what it passes over and what it refuses."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from rn50.errors import RunError
+from rn50.errors import RunError, UsageError
 from rn50.planning import plots
 from tests.conftest import ROOT
 from tools import compare_runs
@@ -72,11 +73,13 @@ def test_every_run_has_its_figures_and_only_what_differs_is_listed(tmp_path, cap
     lines = capsys.readouterr().out.splitlines()
     assert " ".join(lines[1].split()) == "first budget 4/8 60.00 after 4 224 px single 2.50 3.25 100 -"
     assert " ".join(lines[2].split()) == "second no status 4/4 60.00 224 px single - - - 78.0 at 256 px"
+    assert " ".join(lines[0].split()) == "run status epochs top-1 (95 %) at hours dollars img/s forecast"
     assert "warning: second: loss is too high" in lines
     assert lines[lines.index("settings that differ") + 1 :] == [
         "  training.epochs: 8, 4",
         "  model.blurpool: None, True",
-        f"curves: {tmp_path / 'new folder' / 'c.png'}",
+        f"wrote {tmp_path / 'c.json'}",
+        f"wrote {tmp_path / 'new folder' / 'c.png'} (2 runs)",
     ]
     content = json.loads((tmp_path / "c.json").read_text())
     assert content["differing"] == {"training.epochs": [8, 4], "model.blurpool": [None, True]}
@@ -114,14 +117,31 @@ def test_a_log_alone_is_described_and_drawn_by_what_it_says(tmp_path, capsys):
     (tmp_path / "other" / "log.jsonl").rename(log)
     compare(log, "--out", tmp_path / "c.png")
     lines = capsys.readouterr().out.splitlines()
-    assert " ".join(lines[1].split()) == "baseline.jsonl no status 6/? 100.00 - - - - -"
-    assert lines[2:] == [f"curves: {tmp_path / 'c.png'}"]
+    # what no run has is no column
+    assert [" ".join(line.split()) for line in lines[:2]] == [
+        "run status epochs top-1 (95 %)",
+        "baseline no status 6/? 100.00",
+    ]
+    assert lines[2:] == [f"wrote {tmp_path / 'c.png'} (1 run)"]
     compare(run, log)
     assert "differ" not in capsys.readouterr().out
     compare(run, log, write(tmp_path / "third", config={"model": {"arch": "resnet18"}}))
     out = capsys.readouterr().out
     assert "model.arch: resnet50, None, resnet18" in out
     assert "note:" not in out
+
+
+def test_a_run_is_its_folder_or_any_file_in_it(tmp_path, capsys):
+    run = write(tmp_path / "run", status="finished")
+    compare(run)
+    said = capsys.readouterr().out
+    assert said.splitlines()[1].startswith("run  finished")
+    for name in ("log.jsonl", "config.yaml", "last.pt"):
+        compare(run / name)
+        assert capsys.readouterr().out == said
+    (run / "config.yaml").unlink()
+    compare(run / "log.jsonl")
+    assert "4/?" in capsys.readouterr().out
 
 
 def test_a_torn_last_line_is_passed_over_with_a_note(tmp_path, capsys):
@@ -164,56 +184,91 @@ def test_what_is_no_run_is_refused(tmp_path):
 # --- The figure -------------------------------------------------------------------------------------------------------
 
 
+EVALUATION = "224 px, single view"
+
+
+def panels_of(figure):
+    return {axis.get_title(loc="left"): axis for axis in figure.axes}
+
+
 def test_every_panel_shows_the_values_of_every_run(tmp_path):
     logs = [plots.read_log(write(tmp_path / name, epochs=n))[0] for name, n in (("a", 4), ("b", 6))]
-    figure = plots.draw(logs, ["a", "b"])
-    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
-    assert set(panels) == {*plots.PANELS, *plots.COSTS}
+    figure = plots.draw(logs, ["a", "b"], [EVALUATION, None])
+    panels = panels_of(figure)
+    assert list(panels) == list(plots.PANELS)
     assert [len(panels[title].lines) for title in plots.PANELS] == [4, 4, 2, 2]
     top1 = panels["Accuracy (%)"].lines[0]
-    assert list(top1.get_xdata()) == [1, 3]
+    # epochs from 1, as on the console
+    assert list(top1.get_xdata()) == [2, 4]
     assert list(top1.get_ydata()) == [20.0, 60.0]
-    assert list(panels["Training resolution (px)"].lines[1].get_ydata()) == [96, 96, 128, 128, 160, 160]
+    resolution = panels["Training resolution (px)"].lines[1]
+    assert list(resolution.get_ydata()) == [96, 96, 128, 128, 160, 160]
+    assert resolution.get_drawstyle() == "steps-mid"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        "a (last top-1 60.00 %)",
-        "b (last top-1 100.00 %)",
+        "a: top-1 60.00 % at 224 px, single view",
+        "b: top-1 100.00 % at a resolution that is not in the log",
     ]
     plots.plt.close(figure)
 
 
-def test_a_key_that_is_always_null_leaves_its_panel_labelled_empty(tmp_path):
+def test_what_is_not_in_the_log_has_no_panel(tmp_path):
     rows, _ = plots.read_log(write(tmp_path / "run", top1=None, top5=None))
-    figure = plots.draw([rows], ["run"])
-    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
-    for title in ("Accuracy (%)", *plots.COSTS):
-        assert [text.get_text() for text in panels[title].texts] == ["not in the log"]
+    figure = plots.draw([rows], ["run"], [EVALUATION])
+    assert list(panels_of(figure)) == ["Loss", "Learning rate", "Training resolution (px)"]
+    plots.plt.close(figure)
+    with pytest.raises(RunError, match="nothing to draw: run logged neither"):
+        plots.draw([[{"epoch": 0}]], ["run"], [None])
+
+
+def test_between_epochs_that_were_not_evaluated_the_line_is_thin(tmp_path):
+    rows, _ = plots.read_log(write(tmp_path / "run", epochs=40))
+    figure = plots.draw([rows], ["run"], [EVALUATION])
+    train, validation = panels_of(figure)["Loss"].lines
+    assert validation.get_linewidth() < 1 < train.get_linewidth()
+    assert (train.get_marker(), validation.get_marker()) == ("", "o")
     plots.plt.close(figure)
 
 
-def test_top1_is_drawn_against_hours_and_dollars(tmp_path):
+def test_the_axis_of_top1_is_where_the_runs_are():
+    def lowest(top1):
+        figure = plots.draw([[{"epoch": at, "top1": value} for at, value in enumerate(top1)]], ["run"], [EVALUATION])
+        low, high = panels_of(figure)["Accuracy (%)"].get_ylim()
+        plots.plt.close(figure)
+        assert low < max(top1) < high
+        return low
+
+    assert 68 < lowest([70, 75, 80]) < 70
+    # a long run is not flattened by its first epochs
+    assert 30 < lowest([5, 20, *range(40, 80)]) < 50
+
+
+@pytest.mark.parametrize(("hours", "unit", "ends"), [(4, "hours", [2.0, 4.0]), (1, "minutes", [30.0, 60.0])])
+def test_top1_is_drawn_against_time_and_dollars(tmp_path, hours, unit, ends):
     rows, _ = plots.read_log(write(tmp_path / "run"))
-    rows = [{**row, "elapsed_seconds": 3000 * (row["epoch"] + 1), "val_seconds": 600, "dollars": 1.5} for row in rows]
+    seconds = {"elapsed_seconds": 750 * hours, "val_seconds": 150 * hours}
+    rows = [row | seconds | {"elapsed_seconds": 750 * hours * (row["epoch"] + 1), "dollars": 1.5} for row in rows]
     rows[-1]["dollars"] = 7.5
-    figure = plots.draw([rows], ["run"])
-    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
-    (hours,), (dollars,) = (panels[title].lines for title in plots.COSTS)
-    assert list(hours.get_xdata()) == [2.0, 4.0]
+    figure = plots.draw([rows], ["run"], [EVALUATION])
+    panels = panels_of(figure)
+    (time,), (dollars,) = (panels[f"Top-1 (%) against {what}"].lines for what in (unit, "dollars"))
+    assert list(time.get_xdata()) == pytest.approx(ends)
     assert list(dollars.get_xdata()) == [1.5, 7.5]
-    assert list(hours.get_ydata()) == list(dollars.get_ydata()) == [20.0, 60.0]
+    assert list(time.get_ydata()) == list(dollars.get_ydata()) == [20.0, 60.0]
     plots.plt.close(figure)
 
 
 def test_published_curves_are_behind_runs_on_imagenet_only(tmp_path):
-    rows, _ = plots.read_log(write(tmp_path / "run", elapsed_seconds=3600, images=50000))
+    rows, _ = plots.read_log(write(tmp_path / "run", elapsed_seconds=36000, images=50000))
     for images, curves in ((50000, 6), (3925, 0)):
-        figure = plots.draw([[{**row, "images": images} for row in rows]], ["run"])
-        panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+        figure = plots.draw([[{**row, "images": images} for row in rows]], ["run"], [EVALUATION])
+        panels = panels_of(figure)
         assert len(panels["Top-1 (%) against hours"].lines) == 1 + curves
         assert len(panels["Accuracy (%)"].lines) == 2 + curves
         assert len(panels["Loss"].lines) == 2
         assert len(figure.legends[0].get_texts()) == 1 + bool(curves)
         plots.plt.close(figure)
     longest = plots.published()[-1]
+    assert longest["epochs"][-1] == 88
     assert longest["top1"][-1] == pytest.approx(78.43, abs=0.01)
     assert 1.2 < longest["hours"][-1] < 1.4  # 77 minutes
     assert longest["dollars"][-1] == pytest.approx(longest["hours"][-1] * 21.957642)
@@ -225,12 +280,70 @@ def test_the_forecast_is_a_line_and_its_warning_is_on_top(tmp_path):
     for row in rows:
         row["forecast"] = {"top1": 70.0 + row["epoch"], "warnings": []}
     rows[-1]["forecast"] = {"top1": None, "warnings": [{"cause": "warm restart", "text": text}]}
-    figure = plots.draw([rows], ["run"])
-    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
-    forecasts = panels["Accuracy (%)"].lines[-1]
-    assert (list(forecasts.get_xdata()), list(forecasts.get_ydata())) == ([0, 1, 2], [70.0, 71.0, 72.0])
+    figure = plots.draw([rows], ["run"], [EVALUATION])
+    forecasts = panels_of(figure)["Accuracy (%)"].lines[-1]
+    assert (list(forecasts.get_xdata()), list(forecasts.get_ydata())) == ([1, 2, 3], [70.0, 71.0, 72.0])
     assert figure.get_suptitle() == f"run: {text}"
     plots.plt.close(figure)
+
+
+# --- For a paper ------------------------------------------------------------------------------------------------------
+
+
+def test_a_papers_figure_is_a_column_wide_names_its_lines_and_has_a_caption(tmp_path, capsys):
+    at = {"top1_low": 10.0, "top1_high": 70.5, "images": 3925, "elapsed_seconds": 600}
+    first = write(tmp_path / "first", **at)
+    second = write(tmp_path / "second", epochs=6, config={"validation": {"headline_view": "flip"}}, **at)
+    out = tmp_path / "figure.svg"
+    compare(first, second, "--paper", "epochs", "--out", out)
+    width, height = (
+        float(size) for size in re.search(r'width="([\d.]+)pt" height="([\d.]+)pt"', out.read_text()).groups()
+    )
+    assert width == pytest.approx(89 / 25.4 * 72, abs=0.1)
+    assert height < width
+    said = " ".join(capsys.readouterr().out.split())
+    assert "caption: Top-1 accuracy on 3,925 validation images against epochs, one run each." in said
+    assert "first: 60.00 % (95 % interval 10.00 to 70.50) at 224 px, single view after 4 epochs." in said
+    assert "second: 100.00 % (95 % interval 10.00 to 70.50) at 224 px, averaged with the mirror image" in said
+    assert said.endswith(f"wrote {out} (2 runs)")
+    again = tmp_path / "again.svg"
+    compare(first, second, "--paper", "epochs", "--out", again)
+    assert again.read_bytes() == out.read_bytes()
+    with pytest.raises(UsageError, match="the log of first has no top-1 against dollars; it has epochs and hours"):
+        compare(first, second, "--paper", "dollars", "--out", out)
+    with pytest.raises(SystemExit):
+        compare(first, "--paper", "epochs")
+
+
+@pytest.mark.parametrize("ends", [(80.0, 79.9, 79.8), (80.0, 60.0, 80.0)])
+def test_no_name_of_a_line_covers_another(ends):
+    logs = [[{"epoch": at, "top1": end * (at + 1) / 4} for at in range(4)] for end in ends]
+    figure = plots.draw_paper(logs, ["the_first", "second", "3"], "epochs")
+    figure.draw_without_rendering()
+    texts = figure.axes[0].texts
+    boxes = [text.get_window_extent() for text in texts]
+    assert {text.get_text() for text in texts} == {"the_first", "second", "3"}
+    assert not any(box.overlaps(other) for index, box in enumerate(boxes) for other in boxes[:index])
+    assert all(box.x1 <= figure.bbox.x1 + 1 for box in boxes)
+    plots.plt.close(figure)
+
+
+# --- Names and files --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "begins"), [("c.png", b"\x89PNG"), ("c.SVG", b"<?xml"), ("c.pdf", b"%PDF"), ("a.b.svg", b"<?xml")]
+)
+def test_a_figure_is_what_its_name_says(tmp_path, name, begins):
+    compare(write(tmp_path / "run"), "--out", tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(begins)
+
+
+@pytest.mark.parametrize("name", ["c.foo", "c", ".", "c.png.gz"])
+def test_another_name_is_refused_before_anything_is_read(tmp_path, capsys, name):
+    with pytest.raises(UsageError, match=r"\.png, \.svg or \.pdf"):
+        compare(tmp_path / "nowhere", "--out", name)
+    assert capsys.readouterr().out == ""
 
 
 def test_an_epoch_logged_twice_counts_once_and_the_last_wins():
@@ -241,6 +354,7 @@ def test_an_epoch_logged_twice_counts_once_and_the_last_wins():
 def test_runs_of_the_same_name_get_distinct_legends():
     assert plots.run_names(["/x/one/run", "/x/two/run/log.jsonl"]) == ["one/run", "two/run"]
     assert plots.run_names(["/x/one", "/x/two"]) == ["one", "two"]
+    assert plots.run_names(["/x/one", "/x/one/log.jsonl", "/x/one/first_log.jsonl"]) == ["one", "one (2)", "first_log"]
 
 
 @pytest.mark.parametrize(
@@ -268,18 +382,18 @@ def test_a_bad_log_is_one_clear_error(tmp_path, content, message):
         plots.read_log(run)
 
 
-def test_a_folder_is_no_name_for_a_picture(tmp_path, monkeypatch):
+def test_a_folder_is_no_name_for_a_picture(tmp_path):
     rows, _ = plots.read_log(write(tmp_path / "run"))
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.png").mkdir()
     with pytest.raises(RunError, match="cannot write"):
-        plots.save(plots.draw([rows], ["run"]), ".")
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+        plots.save(plots.draw([rows], ["run"], [EVALUATION]), tmp_path / "c.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.png", "run"]
 
 
 def test_a_failed_write_leaves_the_old_picture_and_nothing_else(tmp_path, monkeypatch):
     rows, _ = plots.read_log(write(tmp_path / "run"))
     out = tmp_path / "out" / "curves.png"
-    plots.save(plots.draw([rows], ["run"]), out)
+    plots.save(plots.draw([rows], ["run"], [EVALUATION]), out)
     before = out.read_bytes()
 
     def full_disk(*args):
@@ -287,6 +401,6 @@ def test_a_failed_write_leaves_the_old_picture_and_nothing_else(tmp_path, monkey
 
     monkeypatch.setattr(plots.os, "replace", full_disk)
     with pytest.raises(RunError, match="No space left"):
-        plots.save(plots.draw([rows], ["run"]), out)
+        plots.save(plots.draw([rows], ["run"], [EVALUATION]), out)
     assert out.read_bytes() == before
     assert [path.name for path in out.parent.iterdir()] == ["curves.png"]

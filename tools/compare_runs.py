@@ -1,65 +1,98 @@
 """One run or several: how each ended, its top-1, hours, dollars and forecast, the settings that differ, the curves.
 
     python tools/compare_runs.py runs/first --out curves.png
-    python tools/compare_runs.py runs/first runs/second --out curves.png --json compare.json
+    python tools/compare_runs.py runs/first runs/second --out curves.svg --json compare.json
+    python tools/compare_runs.py runs/first runs/second --out figure.pdf --paper hours
 
-RUN is a run folder, or a log.jsonl alone, whose settings and status nobody knows. The figure has loss, accuracy,
-learning rate and resolution over epochs, and top-1 over hours and dollars.
+RUN is a run folder or a file in it, or another log.jsonl, whose settings and status nobody knows. The figure has all
+that the logs have: loss, accuracy, learning rate and resolution over epochs, and top-1 over hours and dollars. With
+--paper it is one panel, and its caption is printed.
 """
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 
 import yaml
 
 from rn50 import errors
 from rn50.command import run
-from rn50.files import expanded, write_result
+from rn50.files import expanded, file_of_run, write_result
 from rn50.planning import plots
 
 # Where and how fast a run is, and not what it computes.
 NOT_COMPARED = ("logging.", "budget.", "data.dir", "data.workers", "data.timeout_minutes", "training.device")
+VIEWS = {"single": "single view", "flip": "averaged with the mirror image"}
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=expanded, metavar="RUN", help="a run folder, or a log.jsonl alone")
-    parser.add_argument("--out", type=expanded, metavar="PNG", help="the curves of them all")
+    parser.add_argument(
+        "runs", nargs="+", type=expanded, metavar="RUN", help="a run folder or a file in it, or a log.jsonl alone"
+    )
+    parser.add_argument(
+        "--out", type=expanded, metavar="FILE", help="draw the curves of them all: a .png, .svg or .pdf"
+    )
+    parser.add_argument(
+        "--paper", choices=plots.COSTS, help="let FILE be one panel, 89 mm wide: top-1 against this; prints a caption"
+    )
     parser.add_argument("--json", type=expanded, metavar="JSON", help="the table's rows and the settings that differ")
     args = parser.parse_args(argv)
+    if args.paper and not args.out:
+        parser.error("--paper is for the figure: add --out FILE")
+    if args.out:
+        plots.picture_format(args.out)
     logs, notes = zip(*(plots.read_log(run) for run in args.runs), strict=True)
-    configs = [read_config(Path(run)) for run in args.runs]
+    configs = [read_config(run) for run in args.runs]
     names = plots.run_names(args.runs)
     rows = [
-        describe(name, Path(run), log, config)
-        for name, run, log, config in zip(names, args.runs, logs, configs, strict=True)
+        describe(name, run, log, config) for name, run, log, config in zip(names, args.runs, logs, configs, strict=True)
     ]
     differing = differences(configs)
     passed_over = [f"note: {note}" for of_run in notes for note in of_run]
     print("\n".join([*table_lines(rows), *passed_over, *remarks(rows, logs), *difference_lines(differing, configs)]))
     if args.json:
         write_result(args.json, json.dumps({"runs": rows, "differing": differing}, indent=1) + "\n")
+        print(f"wrote {args.json}")
     if args.out:
-        plots.save(plots.draw(logs, names), args.out)
-        print(f"curves: {args.out}")
+        draw(args, logs, names, [evaluation(config) for config in configs])
+        print(f"wrote {args.out} ({len(logs)} run{'s' if len(logs) > 1 else ''})")
+
+
+def draw(args, logs, names, evaluations):
+    if not args.paper:
+        plots.save(plots.draw(logs, names, evaluations), args.out)
+        return
+    plots.save(plots.draw_paper(logs, names, args.paper), args.out, dpi=600)
+    print(textwrap.fill(f"caption: {plots.caption(logs, names, evaluations, args.paper)}", 80))
+
+
+def evaluation(config):
+    """At which resolution and view the run's top-1 is, in words; None where nobody knows."""
+    if config is None:
+        return None
+    validation = config["validation"]
+    return f"{validation['headline_resolution']} px, {VIEWS[validation['headline_view']]}"
 
 
 def read_config(run):
-    """The config.yaml of a run folder, a nested dict; None for a log alone."""
-    if run.is_file():
+    """The config.yaml of a run, a nested dict; None for a log alone."""
+    path = file_of_run(run, "config.yaml")
+    if path.name != "config.yaml" or (Path(run).is_file() and not path.exists()):
         return None
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8", errors="replace"))
         needed = {"training": ["epochs"], "validation": ["headline_resolution", "headline_view"]}
         complete = all(config[section][key] is not None for section, keys in needed.items() for key in keys)
+        complete = complete and config["validation"]["headline_view"] in VIEWS
         complete = complete and all(isinstance(keys, dict | None) for keys in config.values())
     except OSError as error:
         raise errors.RunError(f"{run} is not a run folder: cannot read its config.yaml: {error.strerror}") from None
     except (yaml.YAMLError, KeyError, TypeError, AttributeError):
         complete = False
     if not complete:
-        raise errors.RunError(f"{run / 'config.yaml'} is not the config of a run")
+        raise errors.RunError(f"{path} is not the config of a run")
     return config
 
 
@@ -88,9 +121,10 @@ def describe(name, run, log, config):
 
 
 def status(run):
-    """The word of status.json; a run that is going on, or was killed, has none."""
+    """The word of status.json; a run that is going on, or was killed, has none, and neither has a log alone."""
+    path = file_of_run(run, "status.json")
     try:
-        return str(json.loads((run / "status.json").read_text(encoding="utf-8"))["status"])
+        return str(json.loads(path.read_text(encoding="utf-8"))["status"]) if path.name == "status.json" else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -132,7 +166,9 @@ def table_lines(rows):
                 "-" if expected is None else f"{expected:.1f} at {row['forecast']['evaluation']}",
             ]
         )
-    widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
+    # what no run has is left out
+    columns = [column for column in zip(*cells, strict=True) if set(column[1:]) != {"-"}]
+    cells, widths = list(zip(*columns, strict=True)), [max(map(len, column)) for column in columns]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 

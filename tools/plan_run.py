@@ -1,7 +1,7 @@
 """What to rent and which recipe to run for a budget and a target: hours, dollars and expected top-1, with ranges.
 
     python tools/plan_run.py --budget 25 --target 78
-    python tools/plan_run.py --budget 25 --target 78 --spot --json plan.json --png plan.png --proposal proposal.md
+    python tools/plan_run.py --budget 25 --target 78 --spot --json plan.json --plot plan.svg --proposal proposal.md
     python tools/plan_run.py --budget 25 --target 78 --preflight preflight.json     # measured speeds, not the table's
 
 All figures are projected from published ones (rn50/planning/costs.csv) and compared at 224 px, single view.
@@ -10,6 +10,8 @@ All figures are projected from published ones (rn50/planning/costs.csv) and comp
 import argparse
 import json
 import math
+import re
+import textwrap
 from pathlib import Path
 
 import yaml
@@ -18,18 +20,24 @@ from rn50.command import run
 from rn50.errors import RunError, UsageError
 from rn50.files import expanded, read_rows, write_result
 from rn50.planning import conversion, costs, projection, speeds, top1
+from rn50.planning.projection import CONFIDENT, chance, too_old, total
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIDENT = 0.9
+WIDTH = 80
+# Above these a number is a slip of the keyboard.
+MOST_DOLLARS, MOST_TOP1 = 100_000, 100
 
 
 def main(argv=None):
     args = arguments(argv)
+    if args.plot:
+        from rn50.planning import plan_plot, plots  # matplotlib takes a second
+
+        plots.picture_format(args.plot)
     table = costs.read_table()
     fitted, loader = speeds.fit(table), speeds.loader_rates(table)
     checked = speeds.check(table)
     spread = speeds.prediction_errors(checked)
-    recipes = costs.read_recipes(table)
     candidates = [measured_machine(args.preflight)] if args.preflight else costs.machines(table, args.spot)
     if args.instance:
         candidates = [machine for machine in candidates if machine.name == args.instance]
@@ -37,24 +45,31 @@ def main(argv=None):
             names = [machine.name for machine in costs.machines(table, args.spot)]
             what = "no spot price is known for" if args.spot else "there is no"
             raise UsageError(f"--instance: {what} {args.instance}; known are {', '.join(names)}")
-    rows = [
-        projection.project(table, fitted, loader, spread, recipe, machine, args.target, args.spot)
-        for machine in candidates
-        for recipe in recipes
-    ]
-    add_acceptance(rows)
-    rows = ranked(rows, args.budget)
+    wanted = {"budget": args.budget, "target": args.target, "spot": args.spot}
+    rows = projection.plan(table, fitted, loader, spread, candidates, costs.read_recipes(table), **wanted)
     explain_p3(rows)
     lines = [*report(table, rows, args), *check_lines(table, fitted, loader, checked, spread)]
-    print("\n".join(lines))
     if args.elsewhere:
-        print("\n".join(elsewhere(table, fitted, loader, spread, rows[0]["recipe"], args)))
+        lines += elsewhere(table, fitted, loader, spread, rows[0]["recipe"], args)
+    print("\n".join(wrapped(lines)))
     if args.json:
         write_result(args.json, json.dumps(rows, indent=1) + "\n")
-    if args.png:
-        draw(rows, args)
+    if args.plot:
+        figure = plan_plot.draw(rows, budget=args.budget, target=args.target, priced=priced(args), basis=basis(args))
+        plots.save(figure, args.plot)
     if args.proposal:
         write_result(args.proposal, proposal(rows, args))
+    for path in filter(None, (args.json, args.plot, args.proposal)):
+        print(f"wrote {path}")
+
+
+def wrapped(lines):
+    """The lines, what is longer than WIDTH broken; what follows a number stands under it, and no % stands alone."""
+    for line in lines:
+        indent = " " * re.match(r" *(\d+\. )?", line).end()
+        together = line.replace(" %", "\N{NO-BREAK SPACE}%")
+        broken = textwrap.wrap(together, WIDTH, subsequent_indent=indent, break_on_hyphens=False)
+        yield "\n".join(broken).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def measured_machine(path):
@@ -68,36 +83,6 @@ def measured_machine(path):
         raise RunError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is not what tools/preflight.py writes ({error})") from None
-
-
-def add_acceptance(rows):
-    """Give each row `both`: what it and the acceptance run before it cost together, on the same machine, or None."""
-    first = {row["instance"]: row for row in rows if row["recipe"] == top1.ACCEPTANCE}
-    for row in rows:
-        before = first.get(row["instance"]) if row["probability_after_acceptance"] is not None else None
-        sums = ("hours", "dollars", "dollars_low", "dollars_high")
-        row["both"] = {key: round(row[key] + before[key], 2) for key in sums} if before else None
-
-
-def total(row):
-    """Hours and dollars of all that a row's plan has: with the acceptance run, where there is one."""
-    return row["both"] or row
-
-
-def chance(row):
-    """P of the target, once there has been what comes before."""
-    return row["probability_after_acceptance"] if row["both"] else row["probability_of_target"]
-
-
-def ranked(rows, budget):
-    """First what reaches the target and stays within the budget, cheapest first; then what is likeliest to."""
-
-    def key(row):
-        if chance(row) >= CONFIDENT:
-            return too_old(row), total(row)["dollars_high"] > budget, total(row)["dollars"]
-        return too_old(row), 2, -row["top1"], row["dollars"]
-
-    return sorted(rows, key=key)
 
 
 def explain_p3(rows):
@@ -114,11 +99,6 @@ def explain_p3(rows):
             row["notes"] = f"{reason}; {row['notes']}"
 
 
-def too_old(row):
-    """Whether the pinned PyTorch has no code for the machine's GPU, a V100."""
-    return row["instance"].startswith("p3.")
-
-
 def report(table, rows, args):
     """The lines of the terminal: the recommendation first."""
     yield recommendation(rows, args)
@@ -130,22 +110,24 @@ def report(table, rows, args):
     recipes = [row for row in rows if row["instance"] == best["instance"]]
     if len(machines) > 1:
         yield f"{best['recipe']} on every machine"
-        yield from table_lines(machines, args)
+        yield from machine_lines(machines)
         yield ""
     yield f"every recipe on {best['instance']}"
-    yield from table_lines(recipes, args)
+    yield from recipe_lines(recipes)
     yield ""
-    yield "hours +-: how far published runs were from such projections, see below. top-1: %, 224 px, single view."
     yield (
-        f"P after: P(>= target) after an acceptance run of {top1.ACCEPTED} % or more, whose hours and dollars are not "
-        "in the row."
+        "hours +-: how far published runs were from such projections, see below. The GPU sets the pace where no note "
+        "says what does. top-1: %, 224 px, single view."
+    )
+    yield (
+        f"P: of {args.target:g} % or more. after: P after an acceptance run of {top1.ACCEPTED} % or more, whose hours "
+        "and dollars are not in the row."
     )
     month = sum(speeds.beton_gb(table, side) for side in costs.LADDER) * table.value("s3_dollars_gb_month")
     yield (
         "dollars: set-up, staging, training, evaluation. Not in it: the conversion, once "
         f"(${converting(table)[1]:.2f} on EC2), S3 (${month:.0f} a month)."
     )
-    yield "limit: what sets the pace; memory: the recipe's micro-batch may not fit the GPU."
     yield f"Basis of {best['recipe']} on {best['instance']}: {best['basis']}."
     yield ""
 
@@ -159,20 +141,44 @@ def priced(args):
     return "its price" if args.preflight else "spot" if args.spot else "on demand"
 
 
-def table_lines(rows, args):
-    yield (
-        f"{'instance':<14}{'recipe':<24}{'hours':>6}{'+-':>5}{'dollars':>9}{'range':>11}{'top-1':>7}{'range':>14}"
-        f"{f'P(>={args.target:g})':>8}{'P after':>8}  {'limit':<7}notes"
-    )
+def machine_lines(rows):
+    """A table of one recipe's rows, and their notes below it."""
+    yield f"  {'machine':<15}{'hours':>6}{'+-':>5}  dollars (range)"
     for row in rows:
-        dollars = f"{row['dollars_low']:.0f} to {row['dollars_high']:.0f}"
-        top1s = f"{row['top1_low']:.1f} to {row['top1_high']:.1f}"
+        yield f"  {row['instance']:<15}{row['hours']:>6.1f}{row['hours_error']:>5.0%}  {dollars(row)}"
+    yield from note_lines(rows, "instance")
+
+
+def recipe_lines(rows):
+    """A table of one machine's rows, and their notes below it."""
+    yield f"{'recipe':<23}{'hours':>6}  {'dollars (range)':<17} {'top-1 (range)':<20}{'P':>5}{'after':>6}"
+    for row in rows:
+        top1s = f"{row['top1']:.2f} ({row['top1_low']:.1f} to {row['top1_high']:.1f})"
         after = f"{row['probability_after_acceptance']:.2f}" if row["both"] else ""
         yield (
-            f"{row['instance']:<14}{row['recipe']:<24}{row['hours']:>6.1f}{row['hours_error']:>5.0%}"
-            f"{row['dollars']:>9.2f}{dollars:>11}{row['top1']:>7.2f}{top1s:>14}{row['probability_of_target']:>8.2f}"
-            f"{after:>8}  {row['limited_by']:<7}{row['notes']}"
+            f"{row['recipe']:<23}{row['hours']:>6.1f}  {dollars(row):<17} {top1s:<20}"
+            f"{row['probability_of_target']:>5.2f}{after:>6}"
         ).rstrip()
+    yield from note_lines(rows, "recipe")
+
+
+def note_lines(rows, key):
+    """The rows' notes, each once, after what they are of."""
+    of = {}
+    for row in rows:
+        pace = [f"the {row['limited_by']} sets the pace"] * (row["limited_by"] in ("CPU", "disk"))
+        for note in [*pace, *filter(None, row["notes"].split("; "))]:
+            of.setdefault(note, []).append(row[key])
+    together = {}
+    for note, names in of.items():
+        together.setdefault(tuple(names), []).append(note)
+    for names, notes in together.items():
+        whose = "all" if len(rows) == len(names) > 1 else ", ".join(names)
+        yield f"  {whose}: {'; '.join(notes)}"
+
+
+def dollars(row):
+    return f"{row['dollars']:.2f} ({row['dollars_low']:.0f} to {row['dollars_high']:.0f})"
 
 
 def money(row):
@@ -283,12 +289,14 @@ def elsewhere(table, fitted, loader, spread, name, args):
     yield f"{name} elsewhere (tools/ does not launch there; betons must be brought)"
     recipe, places = recipe_named(name), costs.places(table)
     rows = [projection.project(table, fitted, loader, spread, recipe, place, args.target) for place in places]
-    yield f"{'place':<42}{'$/h':>7}{'hours':>7}{'+-':>5}  dollars"
-    for row, machine in sorted(zip(rows, places, strict=True), key=lambda pair: pair[0]["dollars"]):
+    yield f"{'place':<30}{'$/h':>6}{'hours':>7}{'+-':>5}  dollars (range)"
+    pairs = sorted(zip(rows, places, strict=True), key=lambda pair: pair[0]["dollars"])
+    for row, machine in pairs:
         yield (
-            f"{row['instance']:<42}{machine.dollars_per_hour:>7.2f}{row['hours']:>7.1f}{row['hours_error']:>5.0%}  "
-            f"{money(row):<20}{row['notes']}"
-        ).rstrip()
+            f"{row['instance']:<30}{machine.dollars_per_hour:>6.2f}{row['hours']:>7.1f}{row['hours_error']:>5.0%}  "
+            f"{dollars(row)}"
+        )
+    yield from note_lines([row for row, _ in pairs], "instance")
 
 
 def check_lines(table, fitted, loader, checked, spread):
@@ -302,114 +310,31 @@ def check_lines(table, fitted, loader, checked, spread):
     )
     yield ""
     yield "How wrong the hours may be: every published run predicted without its own source"
-    yield (
-        f"{'source':<20}{'GPUs':<18}{'px x epochs':<20}{'observed h':>10}{'predicted h':>12}{'error':>7}"
-        f"{'other sources':>15}"
-    )
+    yield f"{'source':<21}{'GPUs':<17}{'px x epochs':<20}{'hours':>7}{'ours':>7}{'error':>6}"
     for row in checked:
-        gpus = f"{row['gpus']} x {row['gpu']}"
-        yield (
-            f"{row['source']:<20}{gpus:<18}{row['schedule']:<20}{row['observed']:>10.2f}{row['predicted']:>12.2f}"
-            f"{row['error']:>+7.0%}{row['sources']:>15}  {'' if row['counted'] else 'not counted: '}{row['note']}"
-        ).rstrip()
+        if row["counted"]:
+            yield check_line(row)
+    known = ", ".join(dict.fromkeys(row["source"] for row in checked if row["counted"] and row["note"]))
+    yield f"*: no other source has this GPU; from its memory bandwidth. Hours from published images/s: {known}."
     yield (
         f"typical error: {math.expm1(spread[True]):.0%} on a GPU that other sources measured, "
-        f"{math.expm1(spread[False]):.0%} on one that none did (0: from its memory bandwidth); median of the sources: "
+        f"{math.expm1(spread[False]):.0%} on one that none did; median of the sources: "
         f"{speeds.median_error(checked):.0%}"
     )
+    yield ""
+    yield "Not counted, and why"
+    for row in checked:
+        if not row["counted"]:
+            yield check_line(row)
+            yield f"    {row['note']}"
 
 
-def draw(rows, args):
-    """Dollars against expected top-1, the frontier, the budget and the target."""
-    from rn50.planning import plots  # matplotlib takes a second
-
-    plt = plots.plt
-    figure, axis = plt.subplots(figsize=(10, 6.5), layout="constrained")
-    names = sorted(
-        {row["instance"] for row in rows}, key=lambda name: min(r["dollars"] for r in rows if r["instance"] == name)
+def check_line(row):
+    gpus = f"{row['gpus']} x {row['gpu']}"
+    return (
+        f"{row['source']:<21}{gpus:<17}{row['schedule']:<20}{row['observed']:>7.2f}{row['predicted']:>7.2f}"
+        f"{row['error']:>+6.0%}{'' if row['sources'] else '*'}"
     )
-    for index, name in enumerate(names):
-        mine = [row for row in rows if row["instance"] == name]
-        marker = "osD^vP"[index // 10]
-        axis.scatter(
-            [r["dollars"] for r in mine],
-            [r["top1"] for r in mine],
-            s=26,
-            alpha=0.75,
-            label=name,
-            color=f"C{index % 10}",
-            marker=marker,
-            zorder=2,
-        )
-    frontier = []
-    for row in sorted(rows, key=lambda row: (row["dollars"], -row["top1"])):
-        if not frontier or row["top1"] > frontier[-1]["top1"]:
-            frontier.append(row)
-    xs, ys = [row["dollars"] for row in frontier], [row["top1"] for row in frontier]
-    low = [y - row["top1_low"] for y, row in zip(ys, frontier, strict=True)]
-    high = [row["top1_high"] - y for y, row in zip(ys, frontier, strict=True)]
-    left = [max(0, x - row["dollars_low"]) for x, row in zip(xs, frontier, strict=True)]
-    right = [max(0, row["dollars_high"] - x) for x, row in zip(xs, frontier, strict=True)]
-    axis.errorbar(
-        xs,
-        ys,
-        yerr=[low, high],
-        xerr=[left, right],
-        color="black",
-        lw=1.2,
-        elinewidth=0.7,
-        capsize=2,
-        zorder=3,
-        label="cheapest for its accuracy, with 80 % ranges",
-    )
-    height = -math.inf
-    for name in sorted(
-        {row["recipe"] for row in rows}, key=lambda name: next(r["top1"] for r in rows if r["recipe"] == name)
-    ):
-        mine = [row for row in rows if row["recipe"] == name]
-        height = max(mine[0]["top1"], height + 0.16)  # so that no name covers another
-        axis.annotate(
-            name,
-            (max(row["dollars_high" if row in frontier else "dollars"] for row in mine), height),
-            xytext=(8, -3),
-            textcoords="offset points",
-            fontsize=9,
-            fontweight="bold" if any(row in frontier for row in mine) else "normal",
-        )
-    axis.axhline(args.target, color="C2", ls="--", lw=1, zorder=1)
-    axis.axvline(args.budget, color="C3", ls="--", lw=1, zorder=1)
-    axis.set_xscale("log")
-    # room for the names on the right
-    axis.set_xlim(min(xs) / 1.6, 4 * max(row["dollars"] for row in rows))
-    ticks = [t for t in (2, 5, 10, 20, 50, 100, 200) if min(xs) / 2 < t < 2 * max(row["dollars"] for row in rows)]
-    axis.set_xticks(ticks, [f"${t}" for t in ticks])
-    axis.minorticks_off()
-    axis.annotate(
-        f"budget ${args.budget:g}",
-        (args.budget, 0.02),
-        xycoords=("data", "axes fraction"),
-        xytext=(4, 0),
-        textcoords="offset points",
-        color="C3",
-        fontsize=9,
-        annotation_clip=True,
-    )
-    axis.annotate(
-        f"target {args.target:g} %",
-        (0.01, args.target),
-        xycoords=("axes fraction", "data"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        color="C2",
-        fontsize=9,
-    )
-    axis.set_xlabel(f"dollars of one run, {priced(args)} (log scale)")
-    axis.set_ylabel("expected top-1, %, 224 px, single view")
-    axis.set_title(basis(args), loc="left", fontsize=11)
-    axis.grid(alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    plots.save(figure, args.png)
 
 
 def proposal(rows, args):
@@ -476,8 +401,8 @@ view
 
 def arguments(argv):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--budget", type=positive, required=True, help="dollars")
-    parser.add_argument("--target", type=positive, required=True, help="top-1 in %%, 224 px, single view")
+    parser.add_argument("--budget", type=budget, required=True, help="what you can spend, in dollars")
+    parser.add_argument("--target", type=target, required=True, help="top-1 in %%, 224 px, single view, such as 78")
     parser.add_argument("--instance", help="only this EC2 type, all recipes")
     parser.add_argument("--spot", action="store_true", help="spot prices, where one was seen")
     parser.add_argument(
@@ -485,7 +410,7 @@ def arguments(argv):
     )
     parser.add_argument("--elsewhere", action="store_true", help="the best recipe also on machines that are not EC2's")
     parser.add_argument("--json", type=expanded, metavar="OUT", help="all rows as a list")
-    parser.add_argument("--png", type=expanded, metavar="OUT", help="dollars against top-1")
+    parser.add_argument("--plot", type=expanded, metavar="OUT", help="draw dollars against top-1: a .png, .svg or .pdf")
     parser.add_argument("--proposal", type=expanded, metavar="OUT.md", help="one page asking for AWS credits")
     args = parser.parse_args(argv)
     if args.preflight and (args.instance or args.spot):
@@ -493,11 +418,27 @@ def arguments(argv):
     return args
 
 
-def positive(text):
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def budget(text):
+    dollars = number("--budget", text, "dollars, such as 25")
+    if not 0 < dollars <= MOST_DOLLARS:
+        raise UsageError(f"--budget: ${text}? Give dollars above 0 and up to {MOST_DOLLARS:,}, such as 25")
+    return dollars
+
+
+def target(text):
+    percent = number("--target", text, "top-1 in %, such as 78")
+    if 0 < percent < 1:
+        raise UsageError(f"--target: {text} %? Write {100 * percent:g}: top-1 is in %")
+    if not 1 <= percent < MOST_TOP1:
+        raise UsageError(f"--target: {text} %? Give top-1 in %, from 1 to below {MOST_TOP1}, such as 78")
+    return percent
+
+
+def number(option, text, what):
+    try:
+        return float(text)
+    except ValueError:
+        raise UsageError(f"{option}: {text} is not a number; give {what}") from None
 
 
 if __name__ == "__main__":

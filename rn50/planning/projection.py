@@ -1,4 +1,4 @@
-"""One recipe on one machine: hours, dollars and expected top-1, with ranges."""
+"""What each recipe would be on each machine: hours, dollars and expected top-1, with ranges; and which is best."""
 
 import math
 from statistics import NormalDist
@@ -7,6 +7,65 @@ from rn50.planning import speeds, top1
 
 # 80 % of a normal distribution lies within so many standard deviations.
 Z_80 = NormalDist().inv_cdf(0.9)
+# With such a P of the target a plan is recommended.
+CONFIDENT = 0.9
+
+
+def plan(table, fitted, loader, errors, machines, recipes, *, budget, target, spot=False):
+    """The rows of `project` for every recipe on every machine, each with `both`, the best first (see `ranked`).
+
+    `both`: hours and dollars of the recipe and of the acceptance run before it, on the same machine; None where none
+    comes before it.
+    """
+    rows = [
+        project(table, fitted, loader, errors, recipe, machine, target, spot)
+        for machine in machines
+        for recipe in recipes
+    ]
+    first = {row["instance"]: row for row in rows if row["recipe"] == top1.ACCEPTANCE}
+    for row in rows:
+        before = first.get(row["instance"]) if row["probability_after_acceptance"] is not None else None
+        sums = ("hours", "dollars", "dollars_low", "dollars_high")
+        row["both"] = {key: round(row[key] + before[key], 2) for key in sums} if before else None
+    return ranked(rows, budget)
+
+
+def total(row):
+    """Hours and dollars of all that a row's plan has: with the acceptance run, where there is one."""
+    return row["both"] or row
+
+
+def chance(row):
+    """P of the target, once there has been what comes before."""
+    return row["probability_after_acceptance"] if row["both"] else row["probability_of_target"]
+
+
+def too_old(row):
+    """Whether the pinned PyTorch has no code for the machine's GPU, a V100."""
+    return row["instance"].startswith("p3.")
+
+
+def ranked(rows, budget):
+    """First what reaches the target and surely stays within the budget; then what is likeliest to reach it.
+
+    The cheapest first, by what it may cost at most (90 %): a student pays once.
+    """
+
+    def key(row):
+        if chance(row) >= CONFIDENT:
+            return too_old(row), total(row)["dollars_high"] > budget, total(row)["dollars_high"]
+        return too_old(row), 2, -row["top1"], row["dollars_high"]
+
+    return sorted(rows, key=key)
+
+
+def frontier(rows):
+    """The rows with more top-1 than all cheaper ones, the cheapest first; none that is too_old."""
+    found = []
+    for row in sorted(rows, key=lambda row: (total(row)["dollars"], -row["top1"])):
+        if not too_old(row) and (not found or row["top1"] > found[-1]["top1"]):
+            found.append(row)
+    return found
 
 
 def project(table, fitted, loader, errors, recipe, machine, target, spot=False):

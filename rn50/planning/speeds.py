@@ -127,8 +127,10 @@ def check(table):
     checked = []
     with_runs = {(row["name"], row["gpu"]) for row in table.run}
     rates = [row for row in table.rate if (row["name"], row["gpu"]) not in with_runs]
-    for row in [*table.run, *rates, *table.excluded]:
-        speeds = fit(table, without=row["name"])
+    rows = [*table.run, *rates, *table.excluded]
+    fitted = {name: fit(table, without=name) for name in {row["name"] for row in rows}}
+    for row in rows:
+        speeds = fitted[row["name"]]
         bandwidth = table.gpu[row["gpu"]]["value"]
         is_rate = row["kind"] == "rate"
         schedule = f"{row['schedule']}x90" if is_rate else row["schedule"]
