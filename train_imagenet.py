@@ -9,11 +9,18 @@ rn50/training/session.py keeps the run alive.
 """
 
 if __name__ == "__main__":
+    import contextlib
+    import os
+    import sys
+
     from rn50.command import open_streams
     from rn50.training import interruption
 
     open_streams()  # before signals' pipe, which would take the number of a stream that is closed
     interruption.catch_signals()  # importing torch takes seconds, in which a signal should not be lost
+    if os.environ.get("RANK", "0") == "0" and not {"-h", "--help"} & set(sys.argv):
+        with contextlib.suppress(OSError):  # who does not take it is met again at the next line
+            print("loading ...", flush=True)
 
 import time
 
@@ -134,7 +141,7 @@ def train_steps(session, px, steps):
     learner.train()
     torch.cuda.empty_cache()  # of pieces in the sizes of another resolution; nothing where there is no GPU
     loader.seek(epoch, progress.epoch_step, progress.reading)
-    with loader.batches(px) as batches, session.steps(px, steps):
+    with loader.batches(px) as batches, session.steps(px):
         progress.reading = loader.reading
         micro_batches = session.micro_batches(batches)
         for step in range(progress.epoch_step, steps):
@@ -142,7 +149,7 @@ def train_steps(session, px, steps):
             loss = learner.step(
                 micro_batches, accumulation=loader.accumulation, learning_rate=rate, epoch=epoch, step=progress.step
             )
-            session.after_step(loss, rate)
+            session.after_step(loss)
     session.stop_if_asked()
 
 
@@ -157,7 +164,7 @@ def evaluate_at(session, px, flip):
     ):
         return evaluate(
             network,
-            session.until_stopped(batches, loader.rounds),
+            session.until_stopped(batches, loader.rounds, px=px),
             classes=session.train.info.num_classes,
             device=session.device,
             autocast=learner.autocast,

@@ -32,6 +32,21 @@ from rn50.data.sources import open_source, split_classes, split_of
 from rn50.data.writer import LadderWriter, disk_errors
 from rn50.errors import RunError, UsageError
 
+ABOUT = """
+Usage:
+  python write_dataset.py --source.dir=IMAGES --out.dir=BETONS \\
+      [--section.key=VALUE ...]
+  python write_dataset.py --config-file rn50_configs/write_imagenet.yaml \\
+      --source.dir=IMAGENET --out.dir=BETONS
+
+Convert images to .beton files, several sizes in one pass. IMAGES has the folders train/<class>/ and val/<class>/;
+IMAGENET is ImageNet as it comes: the tars of its site, Kaggle's download, or Hugging Face's parquet files. The same
+command again goes on with a conversion that was interrupted.
+"""
+ADVICE = (
+    "give the images and a folder for the files: --source.dir=IMAGES --out.dir=BETONS, and for ImageNet also "
+    f"--config-file {config.shown('write_imagenet')}"
+)
 SETTINGS = Config()
 Section("source", "the images", SETTINGS).params(
     dir=Param(
@@ -41,7 +56,7 @@ Section("source", "the images", SETTINGS).params(
     subset=Param(config.whole(0), "only the first so many of the shuffled images of each split; 0: all", default=0),
     counts=Param(
         config.choice("auto", "imagenet", "any"),
-        "number of images: imagenet: must be ImageNet-1k's; auto: so from 900 of its classes on",
+        "imagenet: refuse a set that has not as many images as ImageNet-1k; auto: from 900 of its classes on",
         default="auto",
     ),
     skip_corrupt=Param(config.switch(), "leave out and list images that cannot be decoded", default=False),
@@ -49,12 +64,14 @@ Section("source", "the images", SETTINGS).params(
 Section("out", "the .beton files", SETTINGS).params(
     dir=Param(config.path(), "folder to write to", required=True),
     resolutions=Param(
-        config.numbers(config.whole(16, 4096)), "maximum side lengths, one file each", default=[256, 400, 500]
+        config.numbers(config.whole(16, 4096)), "maximum side lengths in px, one file each", default=[256, 400, 500]
     ),
-    quality=Param(config.whole(1, 100), "JPEG quality", default=90),
-    raw_share=Param(config.number(0, 1), "share of images stored as pixels: faster to load, 7-10x larger", default=0),
+    quality=Param(config.whole(1, 100), "of the JPEGs", default=90),
+    raw_share=Param(
+        config.number(0, 1), "share of images stored as pixels: faster to load, 7-10 times larger", default=0
+    ),
     workers=Param(config.whole(0), "processes; 0: one for each core", default=0),
-    seed=Param(config.whole(0), "of the shuffled write order", default=0),
+    seed=Param(config.whole(0), "of the order in which images are written", default=0),
 )
 
 PREFLIGHT_IMAGES = 100
@@ -63,15 +80,16 @@ COMMIT_SECONDS = 1.0
 
 
 def main():
-    cfg = config.load("Convert images to .beton files, several sizes in one pass.", SETTINGS)
+    cfg = config.load(ABOUT, SETTINGS, advice=ADVICE)
     signal.signal(signal.SIGTERM, _stop)
     jobs = [job for split in _splits(cfg) if (job := plan(cfg, split))]
     if not jobs:
         return
     workers = cfg.out.workers or len(os.sched_getaffinity(0))
     preflight(jobs, cfg.out.dir, workers)
-    for job in jobs:
-        convert(job, workers=workers, skip_corrupt=cfg.source.skip_corrupt)
+    for number, job in enumerate(jobs, 1):
+        later = {other.split: len(other.order) for other in jobs[number:]}
+        convert(job, workers=workers, skip_corrupt=cfg.source.skip_corrupt, later=later)
 
 
 def plan(cfg, split):
@@ -166,8 +184,8 @@ def measure(job):
     return sizes, seconds, staging_seconds
 
 
-def convert(job, *, workers, skip_corrupt):
-    """Write every rung of one split, from where an earlier run stopped."""
+def convert(job, *, workers, skip_corrupt, later):
+    """Write every rung of one split, from where an earlier run stopped. later: {split: images} that come after it."""
     folder = os.path.dirname(job.journal) or "."
     with disk_errors(folder):
         os.makedirs(folder, exist_ok=True)
@@ -185,7 +203,8 @@ def convert(job, *, workers, skip_corrupt):
         committed = time.monotonic()
         rest = job.order[ladder.done :]
         with closing(encode_all(job, rest, workers)) as samples:
-            for sample_id, label, pictures, remark in show_progress(samples, job.split, ladder.done, len(job.order)):
+            shown = show_progress(samples, job.split, ladder.done, len(job.order), later)
+            for sample_id, label, pictures, remark in shown:
                 if not isinstance(pictures, str):
                     ladder.add(label=label, pictures=dict(zip(job.paths, pictures, strict=True)))
                     if remark:
@@ -215,22 +234,34 @@ def convert(job, *, workers, skip_corrupt):
         print(f"and {len(ladder.odd) - LISTED} more, listed in the manifests", flush=True)
 
 
-def show_progress(samples, split, done, total):
-    """Pass `samples` on, with a bar on a terminal and a line now and then elsewhere."""
-    if sys.stderr.isatty():
-        with tqdm(desc=split, initial=done, total=total, unit="img", smoothing=0.05) as bar:
-            for sample in samples:
-                yield sample
-                bar.update()
-        return
+def show_progress(samples, split, done, total, later):
+    """Pass `samples` on, with a bar on a terminal and a line now and then elsewhere.
+
+    later: {split: images} of those to come, which the time that is left is told with, too.
+    """
     started = said = time.monotonic()
-    for k, sample in enumerate(samples, 1):
-        yield sample
-        now = time.monotonic()
-        if now - said >= 10 or done + k == total:
-            said, rate = now, k / (now - started)
-            left = _duration((total - done - k) / rate)
-            print(f"{split}: {done + k}/{total} images, {rate:.0f} images/s, {left} left", file=sys.stderr, flush=True)
+    bar = tqdm(
+        desc=split,
+        initial=done,
+        total=total,
+        unit="img",
+        unit_scale=True,
+        smoothing=0.05,
+        disable=not sys.stderr.isatty(),
+    )
+    with bar:
+        for k, sample in enumerate(samples, 1):
+            yield sample
+            bar.update()
+            now = time.monotonic()
+            if now - said < (1 if not bar.disable else 10) and done + k < total:
+                continue
+            said, rate, left = now, k / (now - started), total - done - k
+            whole = f"{_duration((left + sum(later.values())) / rate)} left with {', '.join(later)}" if later else ""
+            bar.set_postfix_str(whole)
+            if bar.disable:
+                text = f"{split}: {done + k}/{total} images, {rate:.0f} images/s, {_duration(left / rate)} left"
+                print(f"{text} ({whole})" if later else text, file=sys.stderr, flush=True)
 
 
 def _splits(cfg):
@@ -278,11 +309,18 @@ def _already_written(path, manifest, journal):
             return False  # ours: interrupted just before its manifest
         raise RunError(f"{path} exists without a manifest of ours; remove it or choose another out.dir")
     for key, value in manifest.items():
-        if written.get(key) != value:
-            raise RunError(f"{path} was written from another {key if key != 'settings' else 'set of settings'}; "
-                           "remove it and its .json or choose another out.dir")  # fmt: skip
+        before = written.get(key)
+        if before != value:
+            what = f"from another {key}" if key != "settings" else _changed(before or {}, value)
+            raise RunError(f"{path} was written {what}; remove it and its .json, or choose another out.dir")
     print(f"{path} is already written")
     return True
+
+
+def _changed(before, settings):
+    """The first of `settings` that is not as `before`, as text."""
+    key = next(key for key in settings if before.get(key) != settings[key])
+    return f"with {key}={before.get(key)}, and is asked for with {key}={settings[key]}"
 
 
 def _refuse_corrupt(path, reason):

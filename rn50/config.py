@@ -5,10 +5,11 @@ Here every key must be declared, every value must fit its checker, and the first
 one line and exit status 2 (`UsageError`).
 """
 
-import argparse
 import difflib
 import math
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import yaml
@@ -16,7 +17,17 @@ from fastargs.exceptions import MissingValueError, ValidationError
 from fastargs.validation import Checker
 
 from rn50.errors import UsageError
-from rn50.files import expanded
+from rn50.files import expanded, file_of_run
+from rn50.help import columns, entry, wrapped
+
+FOLDER = Path(__file__).resolve().parents[1] / "rn50_configs"
+# Which script a section of settings belongs to, where it is given to the other one.
+SCRIPTS = {"source": "write_dataset.py", "out": "write_dataset.py"}
+SCRIPTS |= dict.fromkeys(("model", "training", "lr", "resolution", "data", "validation"), "train_imagenet.py")
+CONFIG_FILE = ("--config-file", "-C")
+# What text editors and web pages make of " and of --.
+QUOTES = tuple("\N{LEFT DOUBLE QUOTATION MARK}\N{RIGHT DOUBLE QUOTATION MARK}\N{DOUBLE LOW-9 QUOTATION MARK}")
+DASHES = ("\N{EN DASH}", "\N{EM DASH}", "\N{MINUS SIGN}", "\N{NON-BREAKING HYPHEN}")
 
 
 class whole(Checker):
@@ -97,6 +108,9 @@ class path(text):
     def check(self, value):
         return expanded(super().check(value))
 
+    def help(self):
+        return "a path"
+
 
 class numbers(Checker):
     """A list of numbers: a YAML list, or comma-separated. `item` checks each of them."""
@@ -127,33 +141,62 @@ class either(Checker):
         return f"{self.word} or {self.checker.help()}"
 
 
-def load(description, declared, argv=None):
+def load(about, declared, argv=None, *, advice=""):
     """Read `--config-file FILE` (repeatable, later wins) and then `--section.key=value` flags of `declared`.
 
-    declared: a fastargs.Config of the script's own, because fastargs' global one holds the keys of all scripts.
+    about: the text of `--help` above the keys. declared: a fastargs.Config of the script's own, because fastargs'
+    global one holds the keys of all scripts. advice: what to do where no arguments are given.
 
     Returns a namespace of namespaces with one attribute per declared key (None where an optional
-    key is unset). Raises UsageError, naming the key and, for an unknown one, its nearest neighbour.
-    `--help` prints fastargs' table of every key and exits 0.
+    key is unset). Raises UsageError, naming the key and, for an unknown one, its nearest neighbours.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    files, flags = read(about, declared, argv, advice=advice)
+    if advice and not files and not flags:
+        raise UsageError(advice)
+    return namespace(declared, files | flags)
+
+
+def read(about, declared, argv=None, *, switches=None, advice=""):
+    """({key: value} of all config files, the same of all flags), unchecked; prints the help, and ends, for `--help`.
+
+    switches: {flag without a value: its text for the help}; where one is given, its value is True. Raises UsageError
+    for what is no key, and for a config file that cannot be read.
+    """
+    argv, switches = sys.argv[1:] if argv is None else list(argv), switches or {}
     if "--help" in argv or "-h" in argv:
-        _print_help(description, declared)
+        print("\n".join(_help(about, declared, switches)))
         raise SystemExit(0)
+    names = [".".join(path) for path in declared.entries]
+    found, flags = _split(argv, names, switches, advice)
     values = {}
-    files, flags = _split(argv)
-    for file in files:
-        values.update(_read_yaml(expanded(file)))
-    values.update(flags)
-    names = {".".join(path) for path in declared.entries}
-    for key in values:
-        if key not in names:
-            near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-            raise UsageError(f"unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    for file in found:
+        values |= _read_yaml(file, names, advice)
+    return values, flags
+
+
+def namespace(declared, values):
+    """The checked namespace of {key: value}, as `load` returns it."""
     declared.content.clear()
     # fastargs' own collect() would mistake a dotted key's None for "not given" and read the environment too.
     declared.content.update({tuple(key.split(".")): value for key, value in values.items()})
-    return _namespace(declared)
+    sections = {}
+    for path, param in declared.entries.items():
+        key = ".".join(path)
+        given = path in declared.content
+        value = declared.content.get(path)
+        if given and value is None:
+            raise UsageError(f"{key} has no value; expected {param.checker.help()}")
+        try:
+            value = declared[path]
+        except MissingValueError:
+            raise UsageError(f"{key} is required: {param.desc}; give it as --{key}=VALUE, or in a YAML") from None
+        except ValidationError as error:
+            # fastargs puts its own in the place of what a checker says
+            if isinstance(error.__context__, UsageError):
+                raise UsageError(f"{key}={error.__context__}") from None
+            raise UsageError(f"{key} must be {param.checker.help()}, not {value!r}") from None
+        sections.setdefault(path[0], {})[".".join(path[1:])] = value
+    return SimpleNamespace(**{name: SimpleNamespace(**keys) for name, keys in sections.items()})
 
 
 def to_dict(namespace):
@@ -189,45 +232,85 @@ def refuse_change(saved, current, *, sections, free, folder, defaults):
                 )
 
 
-def _namespace(declared):
-    sections = {}
-    for path, param in declared.entries.items():
-        key = ".".join(path)
-        given = path in declared.content
-        value = declared.content.get(path)
-        if given and value is None:
-            raise UsageError(f"{key} has no value; expected {param.checker.help()}")
-        try:
-            value = declared[path]
-        except MissingValueError:
-            raise UsageError(f"{key} is required: {param.desc or param.checker.help()}") from None
-        except ValidationError as error:
-            # fastargs puts its own in the place of what a checker says
-            if isinstance(error.__context__, UsageError):
-                raise UsageError(f"{key}={error.__context__}") from None
-            raise UsageError(f"{key} must be {param.checker.help()}, not {value!r}") from None
-        sections.setdefault(path[0], {})[".".join(path[1:])] = value
-    return SimpleNamespace(**{name: SimpleNamespace(**keys) for name, keys in sections.items()})
-
-
-def _split(argv):
+def _split(argv, names, switches, advice):
+    """(config files, {key: value}) of the arguments; UsageError for what is none of `names` or `switches`."""
     files, flags, rest = [], {}, list(argv)
     while rest:
         token = rest.pop(0)
         name, equals, value = token.partition("=")
         if not name.startswith("-"):
-            raise UsageError(f"cannot read {token!r}; settings are given as --section.key=value")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise UsageError(f"{name} needs a value, as in {name}=value")
-            value = rest.pop(0)
-        if name in ("--config-file", "-C"):
+            raise UsageError(_stray(token, "" if files or flags else advice))
+        if name in switches:
+            if equals:
+                raise UsageError(f"{name} takes no value: leave out ={value}")
+            value = True
+        else:
+            if name not in CONFIG_FILE:
+                _refuse_unknown(name.lstrip("-"), names)
+            if not equals:
+                if not rest or rest[0].startswith("--"):
+                    raise UsageError(f"{name} needs a value, as in {name}=VALUE")
+                value = rest.pop(0)
+            if value.startswith(QUOTES):
+                raise UsageError(f'{token} has printed quotes: leave them out, or write " in their place')
+        if name in CONFIG_FILE:
             files.append(value)
         elif name.lstrip("-") in flags:
             raise UsageError(f"{name} is given twice")
         else:
             flags[name.lstrip("-")] = value if value != "" else None
     return files, flags
+
+
+def _stray(token, advice):
+    """What is wrong with an argument that is no flag. advice: on how to begin, where it is the first."""
+    if token.startswith(DASHES):
+        return f"{token!r} begins with a printed dash: write --{token.lstrip('-' + ''.join(DASHES))}"
+    if "=" in token and "." in token.partition("=")[0]:
+        return f"cannot read {token!r}; did you mean --{token}?"
+    if token.endswith((".yaml", ".yml")):
+        return f"cannot read {token!r}; did you mean --config-file {token}?"
+    return f"cannot read {token!r}; " + (
+        advice or 'settings are given as --section.key=value: a list as 1,2 and a value with spaces as "a b"'
+    )
+
+
+def _refuse_unknown(key, names, file=None):
+    """UsageError where `key`, from a flag or from `file`, is none of `names`, with those that may be meant."""
+    if key in names:
+        return
+    where = f" in {file}" if file else ""
+    section = key.rpartition(".")[0]
+    if section not in {name.partition(".")[0] for name in names} and section in SCRIPTS:
+        raise UsageError(f"unknown key {key}{where}: {SCRIPTS[section]} has it")
+    dashes = "" if file else "--"
+    near = ["config-file FILE"] if key in ("c", "config") and not file else _near(key, names)
+    meant = " or ".join(dashes + name for name in near)
+    raise UsageError(f"unknown key {key}{where}; " + (f"did you mean {meant}?" if meant else "--help lists all keys"))
+
+
+def _near(key, names):
+    """At most three of `names` that `key` may be meant for; what follows the last dot counts most."""
+    key = key.replace("-", "_")
+    section, _, last = key.rpartition(".")
+    lasts = {name: name.rpartition(".")[2] for name in names}
+    for alike in (
+        lambda name: lasts[name] == last,
+        lambda name: lasts[name].startswith(f"{last}_"),
+        lambda name: last.startswith(f"{lasts[name]}_"),
+    ):
+        found = [name for name in names if alike(name)]
+        mine = [name for name in found if name.startswith(f"{section}.")]
+        if found := mine or found:
+            return found[:3]
+    if within := [name for name in names if name.startswith(f"{key}.")]:
+        return within[:3]
+    if near := difflib.get_close_matches(key, names, n=1, cutoff=0.7):
+        return near
+    near = difflib.get_close_matches(last, sorted(set(lasts.values())), n=1, cutoff=0.7)
+    if found := [name for name in names if lasts[name] in near]:
+        return found[:3]
+    return difflib.get_close_matches(key, names, n=1, cutoff=0.5) if section else []
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -241,32 +324,93 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(file):
+def recipes():
+    """Names of the training recipes in rn50_configs/, which another installation may not have; ImageNet's first."""
+    names = [path.stem for path in FOLDER.glob("*.yaml") if not path.stem.startswith("write_")]
+    return sorted(names, key=lambda name: (not name.startswith("rn50"), name != "rn50_78", _natural(name)))
+
+
+def shown(name):
+    """Path of rn50_configs/{name}.yaml as it is typed in this folder."""
+    path = FOLDER / f"{name}.yaml"
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def _natural(name):
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split("_")]
+
+
+def _read_yaml(given, names, advice):
+    """{key: value} of the config file, or run folder, `given`; UsageError for what is none of `names`."""
+    file = file_of_run(expanded(given), "config.yaml")
     try:
         with open(file, encoding="utf-8") as handle:
             content = yaml.load(handle, Loader=_StrictLoader)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read config file {file}: {getattr(error, 'strerror', None) or error}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"cannot read config file {file}: it is no text, so no YAML") from None
+    except OSError as error:
+        raise UsageError(f"cannot read config file {file}: {error.strerror}{_meant(file)}") from None
     except yaml.YAMLError as error:
-        raise UsageError(f"config file {file} is not valid YAML: {error}") from None
+        tabs = "; indent with spaces, not tabs" if "'\\t'" in str(error) else ""
+        raise UsageError(f"config file {file} is not valid YAML: {error}{tabs}") from None
     if not isinstance(content, dict):
-        raise UsageError(f"config file {file} must hold sections of keys")
+        what = "is empty" if content is None else "has none"
+        raise UsageError(f"config file {file} must hold sections of keys, and {what}")
+    sections = {name.partition(".")[0] for name in names}
+    if content and not sections & content.keys() and (script := SCRIPTS.get(next(iter(content)))):
+        raise UsageError(f"config file {file} is for {script}" + (f"; {advice}" if advice else ""))
     flat = {}
     for section, keys in content.items():
+        if keys is None:
+            raise UsageError(f"config file {file}: {section} has no keys; they stand below it, indented")
         if not isinstance(keys, dict):
             raise UsageError(f"config file {file}: {section} must be a section of keys, not {keys!r}")
         flat.update({f"{section}.{key}": value for key, value in keys.items()})
+    for key in flat:
+        _refuse_unknown(key, names, file)
     return flat
 
 
-def _print_help(description, declared):
-    saved, sys.argv = sys.argv, sys.argv[:1]
-    try:
-        parser = argparse.ArgumentParser(description=description)
-        declared.augment_argparse(parser)
-        parser.print_help()
-    finally:
-        sys.argv = saved
+def _meant(file):
+    """What may be meant by the name of a config file that is not there, as the end of a message."""
+    stem = Path(file).name.removesuffix(".yml").removesuffix(".yaml")
+    known = [path.stem for path in FOLDER.glob("*.yaml")]
+    near = difflib.get_close_matches(stem, known, n=1)
+    return f"; did you mean {shown(near[0])}?" if near else ""
+
+
+def _help(about, declared, switches):
+    """The lines of `--help`."""
+    width = columns()
+    lines = [*wrapped(about, width), "", "Options"]
+    lines += entry(
+        "--config-file FILE",
+        "YAML with the keys below, in sections (also -C FILE). Of several files the later wins; a flag wins over all",
+        width,
+    )
+    for flag, text in switches.items():
+        lines += entry(flag, text, width)
+    lines += entry("--help, -h", "this text", width)
+    for section, entries in declared.sections_to_entries.items():
+        lines += ["", f"{'.'.join(section)}: {declared.sections[section].desc}"]
+        for path in entries:
+            param = declared.entries[path]
+            text = f"{param.desc} ({param.checker.help()}; {_worth(param)})"
+            lines += entry(f"--{'.'.join(path)}", text, width)
+    return lines
+
+
+def _worth(param):
+    """What a key is worth where it is not given, as it would be typed."""
+    if param.required:
+        return "required"
+    value = param.default
+    if value is None:
+        return "not set by default"
+    if isinstance(value, bool):
+        return f"default {str(value).lower()}"
+    values = value if isinstance(value, list) else [value]
+    return "default " + ",".join(f"{one:g}" if isinstance(one, float) else str(one) for one in values)
 
 
 def _within(value, minimum, maximum):

@@ -41,14 +41,14 @@ def evaluate(model, batches, *, classes, device, autocast, flip=False, total=lam
 
 
 def report_lines(results, *, headline):
-    """One line of text for each row of {resolution: {view: figures}}; `headline` is the (resolution, view) to mark."""
+    """A table of {resolution: {view: figures}}, line by line; `headline` is the (resolution, view) to mark."""
+    yield f"{'top-1':>23}{'95 % interval':>18}{'top-5':>10}{'loss':>10}"
     for resolution, views in results.items():
         for view, row in views.items():
+            interval = f"{row['top1_low']:.2f} to {row['top1_high']:.2f}"
             yield (
-                f"  {resolution} px  {view:6}  top-1 {row['top1']:6.2f} % "
-                f"(95 %: {row['top1_low']:.2f} to {row['top1_high']:.2f})  top-5 {row['top5']:6.2f} %  "
-                f"loss {row['val_loss']:.4f}  {row['images']} images"
-                f"{'  <- headline' if (resolution, view) == headline else ''}"
+                f"  {resolution:3} px  {view:6} {row['top1']:6.2f} %{interval:>17}{row['top5']:9.2f} %"
+                f"{row['val_loss']:9.4f}{'  <- headline' if (resolution, view) == headline else ''}"
             )
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from rn50.errors import RunError, UsageError
 
+# What people point at when they mean a run.
+RUN_FILES = ("last.pt", "log.jsonl", "config.yaml", "status.json", "environment.json")
 VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})", re.ASCII)
 
 
@@ -39,6 +41,14 @@ def _variable(match, text):
     if name not in os.environ:
         raise UsageError(f"{text}: the variable {name} is not set; set it, or write the path in full")
     return os.environ[name]
+
+
+def file_of_run(run, name):
+    """Path of the file `name` of a run: `run` is its folder, or one of RUN_FILES in it; another file stays itself."""
+    run = Path(run)
+    if run.is_dir():
+        return run / name
+    return run.with_name(name) if run.name in RUN_FILES else run
 
 
 def write_atomically(path, content):

@@ -44,11 +44,11 @@ WITH_RANKS = ("one rank killed",)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--faults", type=int, default=100, help="at least so many, over all runs")
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks, comma-separated")
     parser.add_argument("--out", type=Path, help="folder for README.md and faults.jsonl")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the faults and their moments (%(default)s)")
     parser.add_argument("--short", action="store_true", help="every fault once")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))  # servers and disk are put away on the way out

@@ -1,11 +1,18 @@
 """Bad settings end with one clear line and status 2; good ones arrive with their type."""
 
+import ast
 import json
+import re
 import subprocess
 import sys
 import textwrap
 
 import pytest
+
+import write_dataset
+from rn50 import config, recipe
+from rn50.errors import UsageError
+from tests.conftest import ROOT
 
 PROGRAM = """
 import sys
@@ -82,6 +89,17 @@ def test_later_config_file_wins(program, tmp_path):
         (["--a.count=1", "--a.rung=big"], None, ["a.rung", "auto or a whole number"]),
         (["--a.coutn=1"], None, ["unknown key a.coutn", "a.count"]),
         (["--a.coun=1"], None, ["unknown key a.coun", "a.count"]),
+        (["--count=1"], None, ["unknown key count; did you mean --a.count?"]),
+        (["--b.word=1"], None, ["unknown key b.word; did you mean --a.word?"]),
+        (["--a=1"], None, ["unknown key a; did you mean --a.count or --a.rate or --a.flag?"]),
+        (["--gpus"], None, ["unknown key gpus; --help lists all keys"]),
+        (["--config=c.yaml"], None, ["unknown key config; did you mean --config-file FILE?"]),
+        (["--out.dir=x"], None, ["unknown key out.dir: write_dataset.py has it"]),
+        (["a.count=1"], None, ["'a.count=1'; did you mean --a.count=1?"]),
+        (["c.yaml"], None, ["'c.yaml'; did you mean --config-file c.yaml?"]),
+        (["\N{EN DASH}a.count=1"], None, ["printed dash: write --a.count=1"]),
+        (["--a.name=\N{LEFT DOUBLE QUOTATION MARK}x"], None, ["printed quotes"]),
+        (["--a.sizes", "1", "2"], None, ["cannot read '2'", "a list as 1,2"]),
         (["--a.count"], None, ["--a.count needs a value"]),
         (["--a.count="], None, ["a.count has no value"]),
         (["--a.count=1", "--a.count=2"], None, ["given twice"]),
@@ -91,7 +109,15 @@ def test_later_config_file_wins(program, tmp_path):
         ([], "a: {count: 1}\nb: {x: 1}", ["unknown key b.x"]),
         ([], "a: 3", ["a must be a section"]),
         ([], "a: [", ["not valid YAML"]),
-        ([], "", ["sections of keys"]),
+        ([], "", ["sections of keys, and is empty"]),
+        ([], "- a", ["sections of keys, and has none"]),
+        ([], "a:\ncount: 1", ["c.yaml: a has no keys; they stand below it, indented"]),
+        ([], "a:\n\tcount: 1", ["not valid YAML", "line 2", "indent with spaces, not tabs"]),
+        ([], "a: {coutn: 1}", ["unknown key a.coutn in ", "c.yaml; did you mean a.count?"]),
+        ([], "training: {epochs: 1}", ["c.yaml is for train_imagenet.py"]),
+        (["--config-file=/bin/true"], None, ["/bin/true: it is no text"]),
+        (["--config-file", "rn50_78"], None, ["No such file", f"did you mean {config.shown('rn50_78')}?"]),
+        (["--config-file", f"{ROOT}/tests"], None, [f"{ROOT}/tests/config.yaml: No such file"]),
         (["--config-file=/nowhere.yaml"], None, ["/nowhere.yaml", "No such file"]),
     ],
 )
@@ -114,8 +140,73 @@ def test_environment_is_not_a_config(program, monkeypatch):
     assert program().returncode == 2
 
 
-def test_help_lists_every_key(program):
+@pytest.mark.parametrize("columns", [None, "60"])
+def test_help_is_plain_text_that_fits_the_terminal(program, monkeypatch, columns):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    if columns:
+        monkeypatch.setenv("COLUMNS", columns)
     result = program("--help")
-    assert result.returncode == 0
-    for key in ("a.count", "a.rate", "a.flag", "a.word", "a.sizes", "a.rung", "a.name"):
-        assert key in result.stdout
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.fullmatch(r"[ -~\n]+", result.stdout)
+    lines = result.stdout.splitlines()
+    assert 50 < max(map(len, lines)) <= int(columns or 80)
+    # what a line's end has broken
+    words = " ".join(result.stdout.split())
+    for text in (
+        "--config-file FILE YAML with the keys below",
+        "--a.count a count (a whole number from 1 to 9; required)",
+        "--a.rate a rate (a number of at least 0; default 0.5)",
+        "--a.flag a switch (true or false; default true)",
+        "--a.word a word (one of red, blue; default red)",
+        "--a.sizes sizes (a comma-separated list, each a whole number of at least 1; default 1)",
+        "--a.name optional (text; not set by default)",
+    ):
+        assert text in words, text
+    assert lines.index("Options") < lines.index("a: A")
+
+
+def test_a_recipe_is_asked_for_by_name(monkeypatch):
+    for argv in ([], ["--data.dir=x"], ["--quick"]):
+        with pytest.raises(UsageError, match="^give a recipe: --config-file .*rn50_configs/NAME.yaml, .* of rn50_78, "):
+            recipe.load("", argv)
+    with pytest.raises(UsageError, match="write_imagenet.yaml is for write_dataset.py; give a recipe: .* rn50_78, "):
+        recipe.load("", [f"--config-file={ROOT}/rn50_configs/write_imagenet.yaml"])
+    with pytest.raises(UsageError, match="^give the images .* --source.dir=IMAGES .*rn50_configs/write_imagenet.yaml$"):
+        config.load("", write_dataset.SETTINGS, [], advice=write_dataset.ADVICE)
+    monkeypatch.setattr(config, "FOLDER", ROOT / "nowhere")
+    with pytest.raises(UsageError, match=r"^give a recipe: --config-file \S*NAME.yaml$"):
+        recipe.load("", [])
+
+
+def test_the_keys_of_a_training_that_are_mistaken_most():
+    for typed, meant in {
+        "epochs=2": "--training.epochs", "lr=0.1": "--lr.lr_per_256", "training.lr=1": "--lr.lr_per_256",
+        "data-dir=x": "--data.dir", "seed=1": "--training.seed", "micro-batch=8": "--training.micro_batch",
+        "batch-size=8": "--training.batch_size or --validation.batch_size", "mixup_alpha=1": "--training.mixup",
+        "validation.batch=1": "--validation.batch_size", "run-name=x": "--logging.run_name",
+    }.items():  # fmt: skip
+        with pytest.raises(UsageError) as refusal:
+            recipe.load("", [f"--config-file={ROOT}/rn50_configs/demo.yaml", f"--{typed}"])
+        assert str(refusal.value).endswith(f"; did you mean {meant}?"), refusal.value
+
+
+TOOLS = [
+    *ROOT.glob("tools/*.py"),
+    *ROOT.glob("studies/*/*.py"),
+    ROOT / "rn50/data/textures.py",
+    ROOT / "tests/chaos.py",
+]
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_every_option_of_every_command_has_a_phrase_and_no_sentence_is_cut(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    for call in calls:
+        given = {keyword.arg: keyword.value for keyword in call.keywords}
+        if call.func.attr == "add_argument" and len(call.args) + len(given) > 1:
+            assert "help" in given, ast.unparse(call)
+        if call.func.attr == "ArgumentParser":
+            first = ast.unparse(given["description"])
+            lines = ast.get_docstring(tree).partition("\n\n")[0].splitlines()
+            assert len(lines) == 1 or "splitlines" not in first, lines

@@ -12,7 +12,7 @@ from fastargs import Config, Param, Section
 import write_dataset
 from rn50 import config, recipe
 from rn50.errors import UsageError
-from rn50.files import expanded, expanded_path
+from rn50.files import RUN_FILES, expanded, expanded_path, file_of_run
 from tests.conftest import ROOT
 
 # What is text and no path. A new argument or key must be put here, or be one of the paths.
@@ -72,6 +72,17 @@ def test_without_a_home_no_folder_of_that_name_is_made(home, monkeypatch):
     monkeypatch.setattr("os.path.expanduser", lambda text: text)  # as for a user who is in no list and has no HOME
     with pytest.raises(UsageError, match="no home folder"):
         expanded("~/x")
+
+
+def test_a_run_is_its_folder_or_any_of_its_files(tmp_path):
+    run = tmp_path / "runs" / "rn50_78"
+    run.mkdir(parents=True)
+    for given in (run, str(run), f"{run}/", *(run / name for name in RUN_FILES)):
+        assert file_of_run(given, "last.pt") == run / "last.pt"
+        assert file_of_run(given, "log.jsonl") == run / "log.jsonl"
+    for other in (run / "previous.pt", run / "mine.yaml", tmp_path / "no folder"):
+        assert file_of_run(other, "last.pt") == other
+    assert file_of_run("log.jsonl", "last.pt") == Path("last.pt")
 
 
 def test_flags_and_yaml_and_the_name_of_a_yaml_are_read_alike(home):

@@ -1,13 +1,17 @@
 """The training script as its user runs it: from betons to a curve, interrupted, resumed, refused."""
 
+import contextlib
 import copy
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import termios
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -87,9 +91,32 @@ def finished(betons, tmp_path_factory):
     process.send_signal(signal.SIGKILL)
     process.wait()
     killed_with = checkpoint.load(folder / "small" / "last.pt")
-    result = run(betons, folder, model__ema_half_life=5)
-    assert result.returncode == 0, result.stderr
-    return SimpleNamespace(folder=folder, run=folder / "small", output=result.stdout, killed_with=killed_with)
+    money = {"budget__dollars_per_hour": 1, "budget__max_dollars": 25}
+    status, output, shown = on_terminal(command(betons, folder, model__ema_half_life=5, **money), columns=80)
+    assert status == 0, output + shown
+    return SimpleNamespace(folder=folder, run=folder / "small", output=output, shown=shown, killed_with=killed_with)
+
+
+def on_terminal(words, *, columns):
+    """(exit status, stdout, what came to the terminal that stderr was) of a command."""
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    shown = []
+
+    def read():
+        with contextlib.suppress(OSError):  # there is nobody on the other side any more
+            while piece := os.read(ours, 4096):
+                shown.append(piece)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    environment = {**os.environ, "TERM": "xterm"}
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=theirs, text=True, env=environment)
+    os.close(theirs)
+    output = process.communicate(timeout=300)[0]
+    reader.join()
+    os.close(ours)
+    return process.returncode, output, b"".join(shown).decode()
 
 
 def test_a_killed_run_goes_on_where_its_checkpoint_is(finished):
@@ -101,6 +128,46 @@ def test_a_killed_run_goes_on_where_its_checkpoint_is(finished):
     assert [row["step"] for row in rows] == [5, 10, 15]
     assert [row["resolution"] for row in rows] == [32, 32, 48]
     assert rows[-1]["images_seen"] == 3 * 200
+
+
+def test_the_terminal_has_one_line_that_renews_itself_and_goes(finished):
+    lines = re.split(r"\r\x1b\[J|\r", finished.shown)
+    assert lines[-1] == ""
+    lines = [line for line in lines if line]
+    assert all(len(line) < 80 for line in lines), lines
+    assert all(re.search(r" · \$0.0\d of \$25($| · )", line) for line in lines), lines
+    assert all(re.search(r" · ends in \d+ min$", line) for line in lines[1:]), lines
+    pattern = r"epoch 3/3 · 100 % · [\d,]+ img/s · loss \d\.\d\d · (waits \d+ % · )?\$0.0\d of \$25 · ends in \d+ min"
+    assert any(re.fullmatch(pattern, line) for line in lines), lines
+    assert [line.split(" · ")[0] for line in lines[-2:]] == ["evaluating at 48 px", "evaluating at 64 px"]
+
+
+def test_its_lines_fit_a_terminal_and_say_what_the_run_is_of(finished):
+    lines = finished.output.splitlines()
+    assert lines[0] == "loading ..."
+    assert lines[2].endswith(", 200 training images of 10 classes")
+    assert lines[3] == "3 epochs at 32 to 48 px, batch 40 = 20 x 2 accumulated, peak lr 0.0156"
+    assert lines[4] == f"random order, run folder {finished.run}"
+    figures = r"loss \d\.\d{3} · lr 0\.0\d+ · [\d,]+ img/s · "
+    assert re.search(rf"(?m)^epoch 2/3 · 32 px · {figures}ends in \d+ min", finished.output)
+    assert re.search(rf"(?m)^epoch 3/3 · 48 px · {figures}top-1 \d+\.\d\d %", finished.output)
+    assert re.search(r"\$0.0\d of \$25, \$0.0\d to finish", finished.output)
+    # a path or a command is as long as it is
+    assert not [line for line in lines if len(line) > 80 and str(finished.run) not in line]
+
+
+def test_it_ends_with_commands_that_a_shell_takes(finished):
+    end = finished.output[finished.output.index("\nfinished: ") :]
+    assert re.match(r"\nfinished: 3 epochs, \d+ s of training, \$0.\d\d\nnext: plot its curves, evaluate", end)
+    plot, evaluation, exporting = (shlex.split(line) for line in end.splitlines()[3:])
+    root = Path.cwd()
+    assert plot == [sys.executable, *plot[1:2], str(finished.run), "--out", "curves.png"]
+    assert (root / plot[1]).samefile(ROOT / "tools" / "compare_runs.py")
+    assert evaluation[1:] == [
+        str(ROOT / "train_imagenet.py"), "--config-file", str(finished.run), "--training.eval_only=true"
+    ]  # fmt: skip
+    assert (root / exporting[1]).samefile(ROOT / "tools" / "export_model.py")
+    assert exporting[2:] == ["--checkpoint", str(finished.run), "--out", "model/"]
 
 
 def test_a_row_of_the_log_says_what_happened(finished):
@@ -126,14 +193,14 @@ def test_the_run_folder_says_what_it_ran_on(finished, betons):
 
 def headline(output):
     (line,) = [line for line in output.splitlines() if line.endswith("<- headline")]
-    return float(re.search(r"top-1 +([\d.]+) %", line)[1])
+    return float(re.match(r" +48 px  single +([\d.]+) % ", line)[1])
 
 
 def test_eval_only_gives_the_figure_of_the_log_from_any_checkpoint(finished, betons, tmp_path):
     expected = read_rows(finished.run / "log.jsonl")[-1]["top1"]
-    result = run(
-        betons, tmp_path, training__eval_only="true", training__checkpoint=finished.run / "last.pt", lr__schedule="step"
-    )
+    (printed,) = [line for line in finished.output.splitlines() if line.endswith("--training.eval_only=true")]
+    other = f"--logging.folder={tmp_path} --training.checkpoint={finished.run}/last.pt --lr.schedule=step"
+    result = subprocess.run(f"{printed} {other}", shell=True, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert headline(result.stdout) == pytest.approx(expected, abs=0.005)
     assert "EMA weights after epoch 3" in result.stdout
@@ -247,7 +314,8 @@ def test_two_ranks_evaluate_every_image_once_and_share_the_batch(two_ranks):
     assert "top1" not in first
     assert last["images"] == 110
     assert (last["step"], last["images_seen"]) == (10, 400)
-    assert "20 x 2 ranks x 1 accumulated" in two_ranks.output
+    assert "batch 40 = 20 x 2 ranks, peak" in two_ranks.output
+    assert two_ranks.output.count("loading ...") == 1
     assert "page order" in two_ranks.output
     assert 1 < last["train_loss"] < 4
 
@@ -356,7 +424,7 @@ def test_a_usage_error_is_one_line_and_status_2_and_leaves_nothing(betons, tmp_p
     ("overrides", "words"),
     [
         ({"data__dir": "/nowhere"}, ["no train_SIZE.beton in /nowhere"]),
-        ({"data__rung": 500}, ["data.rung=500", "64, 96"]),
+        ({"data__rung": 500}, ["no train_500.beton", "(there: 64, 96)", "data.rung=auto"]),
         ({"training__batch_size": 500, "training__micro_batch": 500}, ["500", "200 images"]),
         ({"training__eval_only": "true"}, ["no checkpoint at"]),
         ({"lr__lr_per_256": "1e30"}, ["not finite", "lr.lr_per_256"]),

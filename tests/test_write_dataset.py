@@ -215,7 +215,8 @@ def test_what_is_written_is_not_written_again_nor_overwritten(tree, tmp_path):
     again = convert(tree, tmp_path, *flags, "--out.resolutions=64")
     assert "val_64.beton is already written" in again.stdout
     refused = convert(tree, tmp_path, *flags, "--out.resolutions=64,80", "--out.quality=70", status=1)
-    assert re.fullmatch(r"error: .*val_64.beton was written from .*settings.*remove.*\n", refused.stderr)
+    what = "with quality=90, and is asked for with quality=70"
+    assert re.fullmatch(rf"error: .*val_64.beton was written {what}; remove.*\n", refused.stderr)
     assert contents(tmp_path) == before
     convert(tree, tmp_path, *flags, "--out.resolutions=64,80")  # a further rung joins the others
     after = contents(tmp_path)
@@ -235,7 +236,8 @@ def test_what_is_written_is_not_written_again_nor_overwritten(tree, tmp_path):
         (["--source.splits=train,,val"], "source.splits"),
         (["--source.splits=../train"], "source.splits"),
         (["--out.raw_share=2"], "out.raw_share"),
-        (["--out.qualty=90"], "did you mean out.quality"),
+        (["--out.qualty=90"], "did you mean --out.quality"),
+        (["--config-file", f"{ROOT}/rn50_configs/rn50_78.yaml"], "is for train_imagenet.py; give the images and a fol"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(tree, tmp_path, flags, problem):

@@ -5,6 +5,10 @@
 #   --install    only make .venv-app
 # GRADIO_SERVER_PORT chooses the port; without it 7860 or the next that is free. Repeating it installs nothing.
 set -euo pipefail
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit
+fi
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 stamp=$root/.venv-app/rn50-app-done
 

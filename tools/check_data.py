@@ -1,8 +1,8 @@
 """The data proved before the money: does a published network recognise your pictures as often as it should?
 
     python tools/check_data.py --data /data/betons
-    python tools/check_data.py --data /data/betons --weights resnet50-0676ba61.pth --images all --json check.json
-    python tools/check_data.py --data /data/betons --config rn50_configs/rn50_16_epochs.yaml --budget.instance=g5.xlarge
+    python tools/check_data.py --data /data/betons --images all --json check.json
+    python tools/check_data.py --data /data/betons --weights resnet50-0676ba61.pth
 
 Evaluates published weights on a sample of val with a run's own evaluation, and on one of train. Where they are not as
 right as they are known to be, it names the likely cause: labels in another order, classes exchanged or mixed, channels
@@ -33,13 +33,15 @@ from rn50.data import diagnosis, loaders
 from rn50.data.imagenet import CLASSES
 from rn50.errors import RunError, UsageError
 from rn50.evaluate import evaluate
-from rn50.files import expanded, write_result
+from rn50.files import expanded, file_of_run, write_result
+from rn50.help import HelpFormatter
 from rn50.machine import commit, cores
 from rn50.metrics import renamed_classes
 from rn50.planning import budget
 from rn50.precision import autocast_dtype
 from rn50.publishing import pretrained
 from rn50.training import distributed
+from rn50.training.checkpoint import LAST
 from rn50.training.session import check, prices
 
 CONFIG = Path(__file__).resolve().parents[1] / "rn50_configs/rn50_78.yaml"
@@ -79,17 +81,22 @@ def main():
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--data", required=True, type=expanded, help="folder of the .beton files")
-    parser.add_argument("--config", type=expanded, default=CONFIG, help="settings of the run (rn50_78.yaml)")
+    parser.add_argument("--config", type=expanded, default=CONFIG, help="the recipe's YAML (default: rn50_78.yaml)")
     parser.add_argument(
         "--weights",
         type=expanded,
-        help="file or exported folder, or torchvision's name (default: torchvision's of the config's model.arch)",
+        help="a file, the folder of an export or a run, or torchvision's name (default: torchvision's of the recipe's "
+        "model.arch)",
     )
-    parser.add_argument("--expect", type=float, metavar="TOP1", help="in %%: what is published of the weights")
-    parser.add_argument("--images", type=count, default=5000, metavar="N", help="of val, or all (5000)")
-    parser.add_argument("--train-images", type=count, default=5000, metavar="N", help="of train, or all; or 0 (5000)")
+    parser.add_argument("--expect", type=float, metavar="TOP1", help="what is published of the weights, in %%")
+    parser.add_argument(
+        "--images", type=count, default=5000, metavar="N", help="how many of val, or all (default: 5000)"
+    )
+    parser.add_argument(
+        "--train-images", type=count, default=5000, metavar="N", help="how many of train, 0, or all (default: 5000)"
+    )
     parser.add_argument("--resolution", type=int, help="px to evaluate at (default: what the weights say, or 224)")
     parser.add_argument("--crop-ratio", type=float, help="crop over short side (default: as the weights say, or 0.875)")
     parser.add_argument("--json", type=expanded, metavar="FILE", help="also write the result as JSON")
@@ -107,11 +114,16 @@ def arguments():
 
 
 def count(text):
-    return sys.maxsize if text == "all" else whole(0).check(text)
+    try:
+        return sys.maxsize if text == "all" else whole(0).check(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a whole number nor all") from None
 
 
 def load_weights(args, arch):
-    weights = pretrained.load(args.weights or pretrained.default_name(arch))
+    given = args.weights or pretrained.default_name(arch)
+    last = file_of_run(given, LAST)
+    weights = pretrained.load(str(last) if last.is_file() else given)
     weights.resolution = args.resolution or weights.resolution
     weights.crop_ratio = args.crop_ratio or weights.crop_ratio
     if args.expect is not None:

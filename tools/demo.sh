@@ -4,6 +4,10 @@
 #   DATA=imagenette bash tools/demo.sh    Imagenette, from IMAGENETTE_DIR (train/ and val/ in it) or downloaded
 # Arguments go to train_imagenet.py. Everything is written to demo/; images and .beton files are kept.
 set -euo pipefail
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    sed -n '2,/^set/s/^# \{0,1\}//p' "$0"
+    exit
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 data=${DATA:-textures}

@@ -24,6 +24,7 @@ from rn50.cloud.aws import Aws, aws_errors
 from rn50.command import run
 from rn50.errors import UsageError
 from rn50.files import expanded
+from rn50.help import HelpFormatter
 from rn50.planning import conversion as converting
 from rn50.planning import costs, speeds
 
@@ -144,7 +145,7 @@ def count(text):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     helps = {"doctor": "is everything there?", "convert": "ImageNet to .beton files in the bucket, once",
              "launch": "start a run on a new instance", "resume": "go on with a run on a new instance",
@@ -183,7 +184,7 @@ def arguments(argv):
     made["resume"].add_argument("--instance", help="another instance type")
     market = made["resume"].add_mutually_exclusive_group()
     market.add_argument("--on-demand", action="store_const", const=True, help="not spot this time")
-    market.add_argument("--spot", action="store_const", const=False, dest="on_demand")
+    market.add_argument("--spot", action="store_const", const=False, dest="on_demand", help="spot this time")
     for name, hours, replacements in (("launch", 6.0, 20), ("resume", None, None)):
         sub = made[name]
         sub.add_argument(

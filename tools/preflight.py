@@ -1,7 +1,7 @@
 """Ten minutes on the rented machine before the money goes: its real speed, what the run will then cost, go or no-go.
 
-    python tools/preflight.py rn50_configs/rn50_78.yaml --data /data/betons --instance g5.xlarge --budget 25 \\
-        --source s3://BUCKET/train_400.beton --write tuned.yaml --json preflight.json
+    python tools/preflight.py rn50_configs/rn50_78.yaml --data /data/betons \\
+        --dollars-per-hour 0.48 --budget 25 --write tuned.yaml
 
 Measures the micro-batch that fits, images/s of the training step in each precision, compiled and not, then, at up to
 three resolutions of the recipe, images/s of the loader alone and of training with it and the share of time waiting for
@@ -31,6 +31,7 @@ from rn50.command import run
 from rn50.data import loaders
 from rn50.errors import RunError, UsageError
 from rn50.files import expanded, write_result
+from rn50.help import HelpFormatter
 from rn50.learner import Learner
 from rn50.machine import commit, cores, memory_bytes
 from rn50.planning import costs, speeds
@@ -53,6 +54,7 @@ def main():
     check(cfg)
     device, _, _ = distributed.setup(cfg.training.device)
     rungs = loaders.find_rungs(cfg.data.dir, "train")
+    wanted = {loaders.training_rung(rungs, px, cfg.data.rung) for px in recipe.resolutions(cfg)}
     # before the rest, which would be lost with a source that is not there
     staging = staging_speed(args.source, Path(args.data)) if args.source else None
     print(f"staging {staging:.0f} MB/s" if staging else "staging not measured (no --source): assumed", flush=True)
@@ -92,7 +94,6 @@ def main():
         "staging_mb_per_s": staging,
         "resolutions": share_among(rows, gpus, speeds.fit(table)),
     }
-    wanted = {loaders.training_rung(rungs, px, cfg.data.rung) for px in recipe.resolutions(cfg)}
     report |= revise(table, cfg, report, {side: rungs[side] for side in wanted}, args.budget)
     spelled = ", ".join(f"{name} {value:.2f}" for name, value in report["hours_by_part"].items())
     print(f"projected from these measurements: {report['hours']:.2f} h ({spelled}), ${report['dollars']:.2f}")
@@ -378,27 +379,34 @@ def dollars_per_hour(table, args):
 
 
 def positive(text):
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
     if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
 def arguments():
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Further arguments are settings of train_imagenet.py."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("config", type=expanded, metavar="CONFIG", help="the recipe's YAML")
     parser.add_argument("--data", required=True, type=expanded, help="folder of train_SIZE.beton")
-    parser.add_argument("--budget", type=positive, required=True, help="dollars")
+    parser.add_argument("--budget", type=positive, required=True, help="what the run may cost, in dollars")
     parser.add_argument("--instance", help="EC2 type, for its on-demand price")
-    parser.add_argument("--dollars-per-hour", type=positive, help="what you pay, for instance on spot")
+    parser.add_argument(
+        "--dollars-per-hour", type=positive, help="what an hour costs you, as on spot, in place of --instance"
+    )
     parser.add_argument("--source", type=expanded, help="where betons are staged from: s3://BUCKET/FILE or a path")
-    parser.add_argument("--seconds", type=positive, default=60, help="of each of two measurements a resolution")
+    parser.add_argument(
+        "--seconds", type=positive, default=60, help="how long to measure, twice for each resolution (default: 60)"
+    )
     parser.add_argument(
         "--write", type=expanded, metavar="FILE", help="put the fastest settings into this YAML, and go on with them"
     )
-    parser.add_argument("--json", type=expanded, metavar="OUT", help="for tools/plan_run.py --preflight")
+    parser.add_argument(
+        "--json", type=expanded, metavar="OUT", help="write the figures there, for tools/plan_run.py --preflight"
+    )
     return parser.parse_known_args()
 
 

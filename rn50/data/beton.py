@@ -40,6 +40,14 @@ METADATA_START = HEADER.itemsize + len(FIELD_TYPES) * FIELD.itemsize
 FILE_NAME = re.compile(r"(train|val)_(\d+)\.beton")
 
 
+class NotThere(RunError):
+    """There is no file of this name."""
+
+
+class NotABeton(RunError):
+    """The file is none of FFCV's."""
+
+
 @dataclass
 class BetonInfo:
     """What the loaders need of a .beton file; arrays have one entry a sample, in the file's order."""
@@ -74,7 +82,7 @@ def read_info(path):
     """Check all that can be checked without reading images, and return BetonInfo.
 
     FFCV hangs or eats memory on a damaged file, so nothing may be opened before this. Accepts files of stock FFCV.
-    RunError names the file, what is wrong and what to do.
+    RunError names the file, what is wrong and what to do: NotThere or NotABeton where it is not damaged.
     """
     path = str(path)
     try:
@@ -88,7 +96,7 @@ def read_info(path):
             handle.seek(table_ptr)
             table = np.fromfile(handle, ALLOCATION, count)
     except FileNotFoundError:
-        raise RunError(f"{path} does not exist; make it with write_dataset.py") from None
+        raise NotThere(f"{path} does not exist; make it with write_dataset.py") from None
     except OSError as error:
         raise RunError(f"cannot read {path}: {error.strerror}") from None
     image, labels = samples["image"], samples["label"]
@@ -119,10 +127,11 @@ def read_info(path):
 
 def _read_header(path, size, start):
     """(header, names of the fields in the file's order)."""
+    if start and start[:2] != VERSION.to_bytes(2, "little"):
+        raise NotABeton(f"{path} is not a .beton file of FFCV's version {VERSION}; write_dataset.py makes such files")
     _require(path, size >= METADATA_START, f"it is {size} bytes long, too short for a .beton file")
     header = np.frombuffer(start, HEADER, 1)[0]
     count, table_ptr = int(header["num_samples"]), int(header["alloc_table_ptr"])
-    _require(path, header["version"] == VERSION, f"it is no .beton file of version {VERSION}")
     _require(path, table_ptr > 0, "its writer never finished")
     _require(path, count > 0, "it holds no samples")
     page = int(header["page_size"])

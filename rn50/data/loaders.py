@@ -48,20 +48,45 @@ def find_rungs(folder, split):
         if path.stem.removeprefix(f"{split}_").isdigit()
     }
     if not paths:
-        raise RunError(f"no {split}_SIZE.beton in {folder}; write_dataset.py makes them")
+        raise RunError(f"no {split}_SIZE.beton in {folder}: {_advice(Path(folder), split)}")
     rungs = {side: read_info(paths[side]) for side in sorted(paths)}
     refuse_mixed(list(rungs.values()))
     check_other_split(rungs[max(rungs)])
     return rungs
 
 
+def _advice(folder, split):
+    """What to do where `folder` has no .beton file of `split` under a name that training knows, as text."""
+    if folder.is_file():
+        return f"that is a file; give its folder: {folder.parent}"
+    if not folder.is_dir():
+        return "there is no such folder; data.dir is the one that write_dataset.py wrote to"
+    here = sorted(path for path in folder.iterdir() if path.suffix in (".beton", ".ffcv"))
+    near = [*folder.glob(f"*/{split}_*.beton"), *folder.absolute().parent.glob(f"{split}_*.beton")]
+    if mine := [path.name for path in here if path.name.startswith(split)]:
+        return f"rename {mine[0]} to {split}_SIZE.beton, where SIZE is the longest side of its images in pixels"
+    if near:
+        return f"they are in {min(near).parent}; give that folder"
+    if here:
+        return f"there is {here[0].name}; write_dataset.py converts {split}, too"
+    if (folder / split).is_dir():
+        return (
+            f"it has images; convert them with write_dataset.py --source.dir={folder} --out.dir=BETONS, and give BETONS"
+        )
+    return "write_dataset.py makes them; data.dir is the folder that it wrote to"
+
+
 def training_rung(rungs, resolution, rung):
-    """The side to train from: `rung` itself, or on `auto` what schedules.rung says."""
-    if rung != "auto":
-        if rung not in rungs:
-            raise RunError(f"data.rung={rung} is not among the rungs there are: {', '.join(map(str, rungs))}")
-        return rung
-    return schedules.rung(resolution, short_sides(rungs))
+    """The side to train from: `rung` itself, or on `auto` what schedules.rung says. RunError where it is not there."""
+    if rung == "auto":
+        return schedules.rung(resolution, short_sides(rungs))
+    if rung not in rungs:
+        folder = Path(next(iter(rungs.values())).path).parent
+        raise RunError(
+            f"no train_{rung}.beton in {folder} (there: {', '.join(map(str, rungs))}): make it with write_dataset.py "
+            f"--out.resolutions={rung} from the same images, or train from what there is with --data.rung=auto"
+        )
+    return rung
 
 
 def short_sides(rungs):
@@ -213,6 +238,8 @@ class TrainingLoader(Ladder):
         self.accumulation = batch_size // (micro_batch * world_size)
         self._settings = {"seed": seed, "batch_size": batch_size, "micro_batch": micro_batch}
         self._settings |= {"crop_scale": crop_scale, "rung": rung, "order": order}
+        if rung != "auto":
+            training_rung(self.rungs, None, rung)
         self.seek(0)
 
     @property
@@ -220,7 +247,10 @@ class TrainingLoader(Ladder):
         """At least 1; images that fill no whole step are left out. RunError where there are fewer than batch_size."""
         images = self.info.num_samples
         if images < self.batch_size:
-            raise RunError(f"batch_size={self.batch_size} is more than the {images} images there are")
+            raise RunError(
+                f"batch_size={self.batch_size} is more than the {images} images there are: choose a smaller one, and a "
+                "micro_batch that divides it"
+            )
         return steps_per_epoch(images, self.batch_size)
 
     def side(self, resolution):

@@ -148,7 +148,12 @@ def _advice(root, split):
             )
     elif split in COUNTS and split == "val":
         return f"{expected_forms(os.path.join(root, split))}; or convert train alone with source.splits=train"
+    above = os.path.dirname(os.path.abspath(root))
+    if split_of(os.path.basename(above)) and _holds(os.path.dirname(above), split):
+        return f"it is a class of a split; give the folder above both: source.dir={os.path.dirname(above)}"
     with reading(root):
+        if any(name.endswith(".beton") for name in os.listdir(root)):
+            return "it holds .beton files already; train_imagenet.py takes it as data.dir"
         packed = sorted(name for name in os.listdir(root) if name.lower().endswith(ARCHIVES))
     packed = [name for name in packed if not name.startswith("ILSVRC2012_")]  # those are read as they are
     unpack = f"unpack {packed[0]}, or " if packed else ""

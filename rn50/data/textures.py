@@ -230,11 +230,11 @@ def _read_description(root):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="python -m rn50.data.textures", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m rn50.data.textures", description=__doc__.partition("\n\n")[0])
     parser.add_argument("folder", type=expanded, help="written as FOLDER/{train,val}/<class>/NNNN.jpg")
-    parser.add_argument("--train-per-class", type=int, default=200)
-    parser.add_argument("--val-per-class", type=int, default=100)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train-per-class", type=int, default=200, help="training images of each class (%(default)s)")
+    parser.add_argument("--val-per-class", type=int, default=100, help="validation images of each class (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another one makes other images (%(default)s)")
     args = parser.parse_args(argv)
     if min(args.train_per_class, args.val_per_class) < 1 or args.seed < 0:
         raise errors.UsageError("images per class must be at least 1, and the seed at least 0")

@@ -52,6 +52,12 @@ class Meter:
         """Whether it is time to stop: what is left pays for the last checkpoint only."""
         return self.max_dollars is not None and self.dollars + self.cost(STOP_SECONDS) >= self.max_dollars
 
+    def seconds_left(self):
+        """Seconds until it is `spent`; infinite where there is no limit, or no cost."""
+        if self.max_dollars is None or not self.dollars_per_hour:
+            return math.inf
+        return 3600 * (self.max_dollars - self.dollars) / self.dollars_per_hour - STOP_SECONDS
+
     def write(self):
         """Put the dollars into spend.json; a disk that does not take it leaves them to the checkpoint."""
         with contextlib.suppress(OSError):
@@ -63,32 +69,48 @@ class Meter:
             time.sleep(WRITE_SECONDS)
 
 
-class Guard(Meter):
-    """The meter of a run that also knows the schedule, and so what the rest of it will cost.
+class Pace:
+    """How long the rest of a run will take.
 
     config: the run's, a nested dict. progress: its training.progress.Progress, read when something is asked.
-    images, validation_images: how many there are in the betons. dollars_per_hour: of all machines together.
+    images, validation_images: how many there are in the betons.
     """
 
-    def __init__(self, folder, *, config, progress, images, validation_images, dollars_per_hour):
-        limit = config["budget"].get("max_dollars")
-        super().__init__(folder, dollars_per_hour=dollars_per_hour, max_dollars=limit, before=progress.dollars)
+    def __init__(self, *, config, progress, images, validation_images):
         self._config, self._progress = config, progress
         self._counts = {"images": images, "validation_images": validation_images}
+        self._left_out = 0, 0.0
+
+    def leave_out(self):
+        """Leave out the steps of this epoch so far: the first one compiles and allocates, or was another session's."""
+        self._left_out = self._progress.epoch_step, self._progress.epoch_seconds
 
     def seconds_to_finish(self, rows=None):
-        """At the measured pace; None before the first step. rows: the log, where it is not progress.rows."""
+        """At the measured pace; None before that is known. rows: the log, where it is not progress.rows."""
         config, progress = self._config, self._progress
         epochs = config["training"]["epochs"]
+        steps, seconds = progress.epoch_step - self._left_out[0], progress.epoch_seconds - self._left_out[1]
         return seconds_to_finish(
             resolutions=[schedules.resolution(epoch, **config["resolution"]) for epoch in range(epochs)],
             evaluations=costs.evaluations(config),
             rows=progress.rows if rows is None else rows,
             epoch=progress.epoch,
             epoch_share=progress.epoch_step / progress.epoch_steps,
-            epoch_seconds=progress.epoch_seconds,
+            epoch_seconds=seconds * progress.epoch_step / steps if steps > 0 else 0.0,
             **self._counts,
         )
+
+
+class Guard(Meter, Pace):
+    """The meter of a run that also knows the schedule, and so what the rest of it will cost.
+
+    config, progress, images, validation_images: as for a Pace. dollars_per_hour: of all machines together.
+    """
+
+    def __init__(self, folder, *, config, progress, images, validation_images, dollars_per_hour):
+        limit = config["budget"].get("max_dollars")
+        Meter.__init__(self, folder, dollars_per_hour=dollars_per_hour, max_dollars=limit, before=progress.dollars)
+        Pace.__init__(self, config=config, progress=progress, images=images, validation_images=validation_images)
 
     def refusal(self, *, ladder, **machine):
         """(why the rest of the schedule should not begin or None, what could not be projected or None).
@@ -134,19 +156,6 @@ class Guard(Meter):
             "dollars_to_finish": round(self.cost(seconds), 4),
             "finish_time": round(time.time() + seconds),
         }
-
-    def __str__(self):
-        seconds = self.seconds_to_finish()
-        if seconds is None:
-            return f"${self.dollars:.2f}"
-        progress = self._progress
-        if progress.epoch_step:
-            epoch = progress.epoch_seconds * progress.epoch_steps / progress.epoch_step
-        else:
-            epoch = progress.rows[-1]["train_seconds"] + progress.rows[-1]["val_seconds"]
-        finish = time.strftime("%a %H:%M", time.localtime(time.time() + seconds))
-        paid = f"${self.dollars:.2f} spent, ${self.cost(epoch):.2f} an epoch"
-        return f"{paid}, ${self.cost(seconds):.2f} to finish, {finish}"
 
 
 def _written(path):

@@ -1,16 +1,25 @@
 """How far a run has come, and how that is shown."""
 
+import contextlib
+import math
+import os
+import sys
+import threading
 import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from tqdm import tqdm
 
-# How often the bar moves, and how often a line is printed where there is no terminal for a bar.
+# How often the terminal's last line changes, and how often a line is printed where there is no terminal.
 PROGRESS_SECONDS = 1.0
 LINE_SECONDS = 60.0
+COLUMNS = 80  # of what is printed for good
+SEPARATOR = " · "
+# What the terminal's last line leaves out where it is too narrow, first to last. The money and the end stay.
+LEFT_OUT = ("loss", "speed", "share", "waits", "what")
+ERASE = "\r\x1b[J"  # what was written from the cursor's line on
 
 
 @dataclass
@@ -109,38 +118,98 @@ class Waiting:
         return seconds
 
 
-class Bar:
-    """A bar on a terminal, and elsewhere a line a minute through `say`. `shown`: whether there is anyone to see it."""
+class Console:
+    """How a run speaks: lines for good and, below them on a terminal, one that renews itself.
 
-    def __init__(self, *, title, done, total, say, shown):
-        self._title, self._total, self._say = title, total, say
-        self._tqdm = tqdm(
-            total=total,
-            initial=done,
-            desc=title,
-            unit="step",
-            disable=None if shown else True,  # None: where there is no terminal
-            leave=False,
-            mininterval=PROGRESS_SECONDS,
-        )
-        self._stated = self._printed = time.monotonic()
+    Where stderr is no terminal, that line is printed with the others, when nothing else was for a minute. write: prints
+    a line. shown: whether there is anyone to hear it. Its methods are for any thread.
+    """
 
-    def __enter__(self):
-        return self
+    def __init__(self, *, write, shown):
+        self.write, self._shown, self._lock, self._parts = write, shown, threading.RLock(), {}
+        self._terminal = shown and sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._stated = self._said = time.monotonic()
 
-    def __exit__(self, *error):
-        self._tqdm.close()
+    def say(self, message):
+        """Print a line, above the one that renews itself."""
+        if not self._shown:
+            return
+        with self._lock:
+            self._said = time.monotonic()
+            self._draw({})
+            try:
+                self.write(message)
+            finally:
+                self._draw(self._parts)
 
     def due(self):
-        """Whether it is time for another status, which costs a GPU a pause."""
+        """Whether it is time for another `show`, whose figures may cost a GPU a pause."""
         return time.monotonic() - self._stated > PROGRESS_SECONDS
 
-    def state(self, done, status):
-        now = self._stated = time.monotonic()
-        self._tqdm.set_postfix_str(status)
-        if self._tqdm.disable and now - self._printed > LINE_SECONDS:
-            self._printed = now
-            self._say(f"{self._title}  step {done}/{self._total}  {status}")
+    def show(self, parts):
+        """Renew the last line: {name: text}, with the names of LEFT_OUT for what may be missing from it."""
+        with self._lock:
+            self._stated, self._parts = time.monotonic(), parts
+            self._draw(parts)
+            if not self._terminal and self._stated - self._said > LINE_SECONDS:
+                self.say(SEPARATOR.join(parts.values()))
 
-    def advance(self):
-        self._tqdm.update()
+    def clear(self):
+        """Take the last line away."""
+        with self._lock:
+            self._parts = {}
+            self._draw({})
+
+    def _draw(self, parts):
+        """The cursor stays at the line's beginning: from there it is erased whole, also after the window was narrowed
+        and the terminal has broken it in two, and the ^C of a key is written over."""
+        if self._terminal:
+            with contextlib.suppress(OSError):  # a terminal that is gone must not end a training
+                columns = os.get_terminal_size(sys.stderr.fileno()).columns or COLUMNS
+                sys.stderr.write(f"{ERASE}{fitted(parts, columns)}\r")
+                sys.stderr.flush()
+
+
+def fitted(parts, columns):
+    """The texts of `parts`, {name: text}, on a line of less than `columns`: without those of LEFT_OUT that must go."""
+    parts = dict(parts)
+    for name in LEFT_OUT:
+        if len(SEPARATOR.join(parts.values())) < columns:
+            break
+        parts.pop(name, None)
+    return SEPARATOR.join(parts.values())[: columns - 1]
+
+
+def folded(texts):
+    """The texts on as few lines of COLUMNS as there can be, further ones indented."""
+    first, *rest = texts
+    lines = [first]
+    for text in rest:
+        longer = f"{lines[-1]}{SEPARATOR}{text}"
+        if len(longer) <= COLUMNS:
+            lines[-1] = longer
+        else:
+            lines.append(f"  {text}")
+    return "\n".join(lines)
+
+
+def moment(seconds):
+    """When `seconds` from now is, in words: `in 12 min` within the hour, `Thu 08:40` within six days, else `12 Dec`."""
+    minutes = math.ceil(seconds / 60)
+    if minutes < 60:
+        return f"in {max(1, minutes)} min"
+    then = time.localtime(time.time() + seconds)
+    return time.strftime("%a %H:%M" if seconds < 6 * 86400 else "%-d %b", then)
+
+
+def duration(seconds):
+    """`seconds` in words: `35 s`, `12 min` or `3.2 h`."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def counted(number, thing):
+    """`1 epoch`, `1,000 classes`: `thing` is the singular."""
+    plural = f"{thing}es" if thing.endswith("s") else f"{thing}s"
+    return f"{number:,} {thing if number == 1 else plural}"

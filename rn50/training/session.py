@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import shlex
 import sys
 import time
 from itertools import islice
@@ -10,13 +11,13 @@ from pathlib import Path
 
 import torch
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from tqdm import tqdm
 
 from rn50 import config, recipe
 from rn50.data import loaders
 from rn50.data.beton import refuse_others
-from rn50.errors import RunError, Stopped, UsageError
+from rn50.errors import RunError, Stopped, UsageError, under_torchrun
 from rn50.evaluate import report_lines
+from rn50.files import file_of_run
 from rn50.learner import COMPILE_ERRORS, graphs
 from rn50.machine import cores, memory_bytes
 from rn50.planning import budget
@@ -24,12 +25,14 @@ from rn50.planning.forecast import forecast, label_warnings
 from rn50.precision import dtype_name
 from rn50.training import checkpoint, distributed, interruption
 from rn50.training.mirror import Mirror
-from rn50.training.progress import Bar, Progress, Stopwatch, Waiting
+from rn50.training.progress import Console, Progress, Stopwatch, Waiting, counted, duration, folded, moment
 from rn50.training.run_folder import Claim, RunLog, describe_environment, make_folder, recorded
 
 # Seconds that a finished run waits for room on a full disk, and one that fails for the checkpoint it is writing.
 DISK_PATIENCE, FAILURE_PATIENCE = 600.0, 30.0
+ROOT = Path(__file__).resolve().parents[2]
 COMPILED = "compiled"  # torch.compile's cache, in the run's folder
+WAITS = 0.05  # share of the time from which on waiting for data is worth a word
 
 
 def check(cfg):
@@ -58,7 +61,7 @@ def training_session(cfg):
     with contextlib.ExitStack() as at_last, record, distributed.contact():
         session = Session(cfg, progress, claim)
         session.share_claim()
-        session.say = _tolerant(session.say)
+        session.console.write = _tolerant(session.console.write)
         if session.rank == 0 and cfg.logging.mirror:
             session.mirror = Mirror(cfg.logging.mirror, folder=folder, warn=session.warn)
             at_last.callback(lambda: claim.held and session.mirror.put_records())
@@ -77,6 +80,7 @@ def training_session(cfg):
         if session.log:
             session.checkpoints.finish(DISK_PATIENCE, required=True)
             session.log.close()
+        session.say_finished()
         distributed.shutdown()
 
 
@@ -97,8 +101,9 @@ class Session:
         patience = 60 * cfg.data.timeout_minutes + 300
         self.device, self.rank, self.world_size = distributed.setup(cfg.training.device, timeout=patience)
         recipe.check_batch(cfg, self.world_size)
-        self.say = _say if self.rank == 0 else lambda message: None
-        self.log = self.checkpoints = self.mirror = self.guard = None
+        self.console = Console(write=_say, shown=self.rank == 0)
+        self.say = self.console.say
+        self.log = self.checkpoints = self.mirror = self.pace = self.guard = None
         self._in_a_row = 0
         # in the run's folder, so that going on does not compile again; torch sets the default as it is imported
         if cfg.training.compile and os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, default_cache_dir()):
@@ -160,23 +165,27 @@ class Session:
 
     def load_weights(self):
         """Take over the weights of training.checkpoint, or of the run's last, whatever recipe made them."""
-        saved = checkpoint.load(self.cfg.training.checkpoint or self.folder / checkpoint.LAST)
+        given = self.cfg.training.checkpoint or self.folder / checkpoint.LAST
+        saved = checkpoint.load(file_of_run(given, checkpoint.LAST))
         self.learner.restore_weights(saved)
         if spoiled := self.learner.not_finite():
             raise RunError(f"the checkpoint holds weights that are not finite ({spoiled}): it is of no use")
         self.progress.restore(saved["progress"], self.device)
 
     def _announce(self):
-        cfg, info = self.cfg, self.train.info
+        cfg, info, sizes = self.cfg, self.train.info, recipe.resolutions(self.cfg)
         batch, micro = cfg.training.batch_size, cfg.training.micro_batch
         accumulation = batch // (micro * self.world_size)
+        factors = [f"{micro:,}"] + [f"{self.world_size} ranks"] * (self.world_size > 1)
+        factors += [f"{accumulation} accumulated"] * (accumulation > 1)
+        made_of = f" = {' x '.join(factors)}" if factors[1:] else ""
+        px = f"{sizes[0]} to {sizes[-1]} px" if sizes[0] != sizes[-1] else f"{sizes[0]} px"
         self.say(
-            f"{cfg.model.arch} on {self.device} in {dtype_name(self.learner.precision)}, {info.num_samples} training "
-            f"images of {info.num_classes} classes, "
-            f"{cfg.training.epochs} epochs at {cfg.resolution.start} to {cfg.resolution.end} px; batch {batch} = "
-            f"{micro} x {self.world_size} ranks x {accumulation} accumulated, peak learning rate "
-            f"{recipe.peak_learning_rate(cfg):g}; "
-            f"{loaders.choose_order(info, cfg.data.order)} order; run folder {self.folder}"
+            f"{cfg.model.arch} on {self.device} in {dtype_name(self.learner.precision)}, "
+            f"{counted(info.num_samples, 'training image')} of {counted(info.num_classes, 'class')}\n"
+            f"{counted(cfg.training.epochs, 'epoch')} at {px}, batch {batch:,}{made_of}, "
+            f"peak lr {recipe.peak_learning_rate(cfg):.3g}\n"
+            f"{loaders.choose_order(info, cfg.data.order)} order, run folder {self.folder}"
         )
 
     def _open_log(self):
@@ -197,19 +206,20 @@ class Session:
     def _guard_money(self):
         """Start the meter where there is a price; refuse a schedule that is projected to cost more than there is."""
         cfg, price = self.cfg, budget.price(**prices(self.cfg))
+        known = {
+            "config": config.to_dict(cfg),
+            "progress": self.progress,
+            "images": self.train.info.num_samples,
+            "validation_images": self.val.info.num_samples,
+        }
+        if self.rank == 0:
+            self.pace = budget.Pace(**known)
         if price is None:
             return
         refusal = None
         if self.rank == 0:
             machines = -(-self.world_size // distributed.ranks_on_this_node())
-            self.guard = budget.Guard(
-                self.folder,
-                config=config.to_dict(cfg),
-                progress=self.progress,
-                images=self.train.info.num_samples,
-                validation_images=self.val.info.num_samples,
-                dollars_per_hour=price * machines,
-            )
+            self.pace = self.guard = budget.Guard(self.folder, **known, dollars_per_hour=price * machines)
             refusal, unknown = self.guard.refusal(
                 ladder=loaders.short_sides(self.train.rungs),
                 gpu_name=torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else None,
@@ -261,18 +271,18 @@ class Session:
     # --- Between two steps -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def steps(self, px, total):
+    def steps(self, px):
         """The block in which the steps of an epoch are made: `micro_batches` feeds them, `after_step` follows each."""
-        progress = self.progress
-        title = f"epoch {progress.epoch + 1}/{self.cfg.training.epochs} {px} px"
         self._stopwatch, self._waiting, self._in_a_row = Stopwatch(), Waiting(self.device), 0
         self._px = self._unproved = px
         self._graphs, self._began = graphs(), time.perf_counter()
-        with Bar(title=title, done=progress.epoch_step, total=total, say=self.say, shown=self.rank == 0) as self._bar:
+        self.console.show(self._epoch_status())
+        try:
             yield
             # what the GPU was behind the host, which has waited for it in the last step's status
             self._count_time()
-        self._bar = None
+        finally:
+            self.console.clear()
 
     def micro_batches(self, batches):
         """Pass on the iterator `batches`, and note how long the device waits for each."""
@@ -283,25 +293,26 @@ class Session:
                 return
             yield batch
 
-    def after_step(self, loss, rate):
+    def after_step(self, loss):
         """Count the step; on all ranks alike, stop if asked to; show how far it is; have a checkpoint written if due.
 
         The order of these is what makes resuming exact: a step is counted before anything may end the run, and ranks
         agree before one of them waits for its GPU.
         """
         cfg, progress = self.cfg, self.progress
-        if self._unproved:
-            self._prove(self._unproved)
-            self._unproved = None
+        first, self._unproved = self._unproved, None
+        if first:
+            self._prove(first)
         progress.loss_sum += loss
         progress.count_step(images=cfg.training.batch_size, **self._stopwatch.lap())
+        if first and self.pace:
+            self.pace.leave_out()
         progress.waiting_seconds += self._waiting.lap()
-        self._bar.advance()
         # before this rank waits for its GPU, which a rank that is gone would keep waiting
         self.stop_if_asked()
-        if self._bar.due() or progress.epoch_step == progress.epoch_steps:
+        if self.console.due() or progress.epoch_step == progress.epoch_steps:
             self._in_a_row = self.learner.finite.in_a_row.item()
-            self._bar.state(progress.epoch_step, self._status_line(rate))
+            self.console.show(self._epoch_status(self._figures()))
             if self.log:
                 self.log.note_progress(progress, resolution=self._px)
         if self.checkpoints and self.checkpoints.due(
@@ -347,11 +358,16 @@ class Session:
                 f"budget.max_dollars={self.cfg.budget.max_dollars:g} is spent but for what stopping costs", "budget"
             )
 
-    def until_stopped(self, batches, rounds):
+    def until_stopped(self, batches, rounds, *, px):
         """Pass on the batches of an evaluation; all ranks ask `rounds` times whether to stop, or not together."""
-        for _ in range(rounds):
-            self.stop_if_asked()
-            yield from islice(batches, 1)
+        try:
+            for done in range(rounds):
+                self.stop_if_asked()
+                if done == 0 or self.console.due():
+                    self.console.show(self._status(f"evaluating at {px} px", done / rounds))
+                yield from islice(batches, 1)
+        finally:
+            self.console.clear()
 
     def save(self, *, last=False):
         """Have a checkpoint written, unless the newest steps were left out: what comes of that is not known yet.
@@ -384,13 +400,40 @@ class Session:
         self.progress.count_time(**self._stopwatch.lap())
         self.progress.waiting_seconds += self._waiting.lap()
 
-    def _status_line(self, rate):
+    def _figures(self):
+        """What the status says of the steps of this epoch; their loss is on the GPU, which is waited for."""
         progress = self.progress
-        loss = float(progress.loss_sum) / max(1, progress.epoch_step - self.learner.finite.skipped.item())
         speed = progress.epoch_step * self.cfg.training.batch_size / progress.epoch_seconds
+        loss = float(progress.loss_sum) / max(1, progress.epoch_step - self.learner.finite.skipped.item())
         waiting = progress.waiting_seconds / progress.epoch_seconds
-        paid = f", {self.guard}" if self.guard else ""
-        return f"loss {loss:.3f}, lr {rate:.4f}, {speed:.0f} img/s, {waiting:.0%} waiting{paid}"
+        figures = {"speed": f"{speed:,.0f} img/s", "loss": f"loss {loss:.2f}"}
+        return figures | ({"waits": _waits(waiting)} if waiting >= WAITS else {})
+
+    def _epoch_status(self, figures=None):
+        progress = self.progress
+        what = f"epoch {progress.epoch + 1}/{self.cfg.training.epochs}"
+        return self._status(what, progress.epoch_step / progress.epoch_steps, figures)
+
+    def _status(self, what, share, figures=None):
+        """The parts of the console's last line, of which `share` of `what` is done."""
+        money, end = self.guard and self._money(), self._end()
+        parts = {"what": what, "share": f"{math.floor(100 * share)} %"} | (figures or {})
+        return parts | ({"money": money} if money else {}) | ({"end": end} if end else {})
+
+    def _money(self):
+        dollars, limit = self.guard.dollars, self.guard.max_dollars
+        if limit is None:
+            return f"${dollars:,.2f} spent"
+        return f"${dollars:,.2f} of ${limit:,.2f}".removesuffix(".00")
+
+    def _end(self):
+        """When the run, or the money for it, will have come to its end; None before anything is measured."""
+        seconds = self.pace and self.pace.seconds_to_finish()
+        if seconds is None:
+            return None
+        if self.guard and (left := self.guard.seconds_left()) < seconds:
+            return f"money ends {moment(left)}"
+        return f"ends {moment(seconds)}"
 
     # --- Between two epochs ------------------------------------------------------------------------------------------
 
@@ -439,18 +482,22 @@ class Session:
         return found
 
     def _say_epoch(self, row):
-        epochs = self.cfg.training.epochs
-        accuracy = f"  top-1 {row['top1']:.2f} %" if "top1" in row else ""
-        expected = row["forecast"]["top1"]
-        if expected is not None and row["epoch"] + 1 < epochs:
-            accuracy += f" (at the end {expected:.1f} at {row['forecast']['evaluation']})"
-        self.say(
-            f"epoch {row['epoch'] + 1}/{epochs}  {row['resolution']} px  loss {row['train_loss']:.3f}"
-            f"{accuracy}  {row['images_per_second']:.0f} img/s  {row['data_wait_fraction']:.0%} waiting for data  "
-            f"{row['train_seconds']:.0f} s" + (f"  {self.guard}" if self.guard else "")
-        )
+        """The epoch's figures, and what is to be expected of the rest."""
+        epochs, waiting, expected = self.cfg.training.epochs, row["data_wait_fraction"], row["forecast"]
+        last = row["epoch"] + 1 == epochs
+        texts = [f"epoch {row['epoch'] + 1}/{epochs}", f"{row['resolution']} px", f"loss {row['train_loss']:.3f}"]
+        texts += [f"lr {row['lr']:.3g}", f"{row['images_per_second']:,.0f} img/s"]
+        texts += [] if last else [self._end()]
+        texts += [_waits(waiting)] * (waiting >= WAITS)
+        texts += [f"top-1 {row['top1']:.2f} %"] if "top1" in row else []
+        if expected["top1"] is not None and not last:
+            texts += [f"expected at the end {expected['top1']:.1f} % ({expected['evaluation']})"]
+        if self.guard:
+            texts += [self._money() + ("" if last else f", ${row['dollars_to_finish']:,.2f} to finish")]
+        self.say(folded(texts))
         if row["skipped_steps"]:
-            self.warn(f"{row['skipped_steps']} steps of it were left out: their loss or gradient was not finite")
+            were = "step of it was" if row["skipped_steps"] == 1 else "steps of it were"
+            self.warn(f"{row['skipped_steps']} {were} left out: the loss or its gradient was not finite")
 
     def _class_names(self):
         """Wnids in label order, or None for files of stock FFCV, which do not say."""
@@ -476,7 +523,7 @@ class Session:
         weights = "EMA weights" if self.learner.ema else "weights"
         self.say(
             f"\nevaluation of the {weights} after epoch {self.progress.epochs:.4g}, "
-            f"centre crop {validation.crop_ratio:g}"
+            f"centre crop {validation.crop_ratio:g}, {counted(self.val.info.num_samples, 'image')}"
         )
         for line in report_lines(results, headline=(validation.headline_resolution, validation.headline_view)):
             self.say(line)
@@ -494,6 +541,53 @@ class Session:
         self.say(f"stopping at step {self.progress.step}: {stop}; {command} goes on from there")
         if self.checkpoints:
             self.checkpoints.finish(interruption.STOP_SECONDS)
+        if words := self._going_on(stop):
+            self._say_next("go on", [_command(*words)])
+
+    def _going_on(self, stop):
+        """The words of the command that goes on after `stop`; none where they are not known."""
+        if under_torchrun():
+            return []
+        if stop.status != "budget":
+            return sys.argv
+        seconds, flag = self.pace.seconds_to_finish(), "--budget.max_dollars="
+        if seconds is None:
+            return []
+        enough = self.guard.dollars + self.guard.cost(seconds + 2 * budget.STOP_SECONDS)
+        return [*(word for word in sys.argv if not word.startswith(flag)), f"{flag}{math.ceil(enough)}"]
+
+    def say_finished(self):
+        """Say that the run is at its end, and what can be done with it."""
+        progress = self.progress
+        paid = f", ${self.guard.dollars:,.2f}" if self.guard else ""
+        self.say(f"\nfinished: {counted(progress.epoch, 'epoch')}, {duration(progress.seconds)} of training{paid}")
+        self._say_next(
+            "plot its curves, evaluate it again, export it",
+            [
+                _command(_shown(ROOT / "tools" / "compare_runs.py"), self.folder, "--out", "curves.png"),
+                _command(sys.argv[0], "--config-file", self.folder, "--training.eval_only=true"),
+                _command(_shown(ROOT / "tools" / "export_model.py"), "--checkpoint", self.folder, "--out", "model/"),
+            ],
+        )
+
+    def _say_next(self, what, commands):
+        """The `commands` to `what`, each a line that a shell takes as it is."""
+        self.say("\n".join([f"next: {what}", *(f"  {command}" for command in commands)]))
+
+
+def _waits(share):
+    return f"waits {100 * share:.0f} %"
+
+
+def _command(*words):
+    """A line for the shell that runs a script, the first of `words`, as this one was started."""
+    return shlex.join(map(str, (sys.orig_argv[0], *words)))
+
+
+def _shown(path):
+    """`path` as it is from the working directory where it is below that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _tolerant(say):
@@ -518,9 +612,7 @@ def _tolerant(say):
 
 
 def _say(message):
-    """Print a line, above the progress bar where there is one."""
-    with tqdm.external_write_mode():
-        print(message, flush=True)
+    print(message, flush=True)
 
 
 def _spelled(batch):

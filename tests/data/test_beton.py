@@ -14,8 +14,9 @@ import pytest
 
 from rn50.data import beton, encode, writer
 from rn50.data.verify import verify
-from rn50.errors import RunError
+from rn50.errors import RunError, UsageError
 from tests.conftest import ROOT
+from tools import verify_beton
 
 CLASSES = [{"wnid": name, "name": name} for name in ("a", "b", "c")]
 
@@ -399,7 +400,7 @@ STRUCTURE = {
     "cut in the data": (lambda p: os.truncate(p, beton.PAGE_SIZE + 999), "truncated"),
     "cut by one byte": (lambda p: os.truncate(p, os.path.getsize(p) - 1), "truncated"),
     "one byte more": (lambda p: os.truncate(p, os.path.getsize(p) + 1), "1 more"),
-    "not a beton": (lambda p: p.write_bytes(b"PK" * 9000), "no .beton file"),
+    "not a beton": (lambda p: p.write_bytes(b"PK" * 9000), "is not a .beton file of FFCV's version 2"),
     "unfinished": (lambda p: put(p, 16, 0, "<u8"), "never finished"),
     "no samples": (lambda p: put(p, 8, 0, "<u8"), "no samples"),
     "more samples": (lambda p: put(p, 8, 37, "<u8"), "truncated"),
@@ -505,4 +506,27 @@ def test_the_script_reports_each_file_and_its_status(tmp_path, finished):
     assert "train_32.beton cannot be used: it is truncated" in result.stderr
     assert "absent.beton does not exist" in result.stderr
     assert "Traceback" not in result.stderr
-    assert verify_script().returncode == 2
+    assert result.stdout.splitlines()[-1] == "3 files: 1 good, 1 damaged or misnamed, 1 missing"
+    assert result.stderr.splitlines()[-1].startswith("error: damaged or misnamed: 1 of 3 files; copy them again")
+
+
+def test_the_script_takes_a_folder_and_tells_what_is_missing_or_strange_from_what_is_damaged(
+    tmp_path, finished, monkeypatch, capsys
+):
+    def status(*arguments):
+        monkeypatch.setattr(sys, "argv", ["verify_beton.py", "--quick", *map(str, arguments)])
+        try:
+            verify_beton.main()
+        except (RunError, UsageError, SystemExit) as end:
+            return getattr(end, "code", 2 if isinstance(end, UsageError) else 1), str(end)
+        return 0, capsys.readouterr().out.splitlines()[-1]
+
+    assert status(finished) == (0, "2 files: 2 good")
+    assert status(tmp_path) == (2, f"no .beton file in the folder {tmp_path}; {verify_beton.REMEDY['missing']}")
+    assert status(tmp_path / "absent.beton") == (2, f"missing: 1 of 1 files; {verify_beton.REMEDY['missing']}")
+    strange = sorted(finished.glob("*.json"))
+    assert status(finished, *strange) == (2, f"not a .beton file: 2 of 4 files; {verify_beton.REMEDY['missing']}")
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "val_16.beton.partial").touch()
+    assert status(tmp_path) == (1, "unfinished: 1 of 3 files; run the same write_dataset.py command again")
+    assert status()[0] == 2

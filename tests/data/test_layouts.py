@@ -404,6 +404,10 @@ def damaged_ground_truth(root):
     shutil.copy(root.parent / "meta.mat", root / DEVKIT / "data")
 
 
+def betons(root):
+    write(root / "train_400.beton", b"\2\0")
+
+
 def damaged_inner_tar(root):
     write(root / "train/n01440764.tar", b"not a tar" * 100)
 
@@ -433,6 +437,7 @@ def damaged_inner_tar(root):
         (system_files_alone, "train", r"ROOT/train holds no class folders \(1 folders\); expected ROOT/train/<class>/"),
         (damaged_ground_truth, "val", "ground_truth.txt of ILSVRC2012_devkit_t12 is damaged"),
         (damaged_inner_tar, "train", "ROOT/train/n01440764.tar is damaged or incomplete"),
+        (betons, "train", "ROOT: it holds .beton files already; train_imagenet.py takes it as data.dir$"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )  # fmt: skip
@@ -453,6 +458,9 @@ def test_the_folder_of_a_split_given_as_the_whole_is_named(made, tmp_path, monke
     for given in (".", tmp_path / "train", tmp_path / "val"):
         with pytest.raises(RunError, match=f"give the folder above it: source.dir={tmp_path}$"):
             open_source(given, "train")
+    (a_class,) = sorted((tmp_path / "train").iterdir())[:1]
+    with pytest.raises(RunError, match=f"it is a class of a split; give the folder above both: source.dir={tmp_path}$"):
+        open_source(a_class, "train")
 
 
 def test_a_class_of_the_other_split_is_no_extra_level(tmp_path):

@@ -243,8 +243,8 @@ def test_an_epoch_without_a_whole_step_is_refused_when_it_is_to_be_read(betons):
     loader = opened(betons, batch_size=208)
     with pytest.raises(RunError, match="batch_size=208 is more than the 200 images there are"):
         loader.batches(24).__enter__()
-    with pytest.raises(RunError, match="rung=65 is not among the rungs there are: 64, 96"):
-        opened(betons, rung=65).batches(24).__enter__()
+    with pytest.raises(RunError, match=r"no train_65.beton in .* \(there: 64, 96\)"):
+        opened(betons, rung=65)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7])

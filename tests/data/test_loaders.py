@@ -228,13 +228,37 @@ def test_a_truncated_beton_is_refused_before_ffcv_opens_it(betons, tmp_path):
         loaders.find_rungs(tmp_path, "train")
 
 
-def test_no_beton_is_one_clear_error(tmp_path):
-    with pytest.raises(RunError, match="no val_SIZE.beton"):
-        loaders.find_rungs(tmp_path, "val")
+def test_no_beton_is_one_line_that_says_what_to_do(tmp_path):
+    def put(*names):
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+
+    put("file.beton/train_64.beton", "stock/train_500_0.50_90.ffcv", "other/val_64.beton", "above/betons/val_64.beton")
+    put("images/train/a/1.jpg")
+    (tmp_path / "empty").mkdir()
+    for place, problem in {
+        "nowhere": "there is no such folder; data.dir is the one that write_dataset.py wrote to",
+        "empty": "write_dataset.py makes them; data.dir is the folder that it wrote to",
+        "file.beton/train_64.beton": f"that is a file; give its folder: {tmp_path}/file.beton",
+        "stock": "rename train_500_0.50_90.ffcv to train_SIZE.beton, where SIZE is the longest side of its images in",
+        "other": "there is val_64.beton; write_dataset.py converts train, too",
+        "images": f"it has images; convert them with write_dataset.py --source.dir={tmp_path}/images --out.dir=BETONS",
+    }.items():
+        with pytest.raises(RunError) as refusal:
+            loaders.find_rungs(tmp_path / place, "train")
+        assert str(refusal.value).startswith(f"no train_SIZE.beton in {tmp_path / place}: {problem}")
+    for place in ("above", "above/betons/train"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        with pytest.raises(RunError, match=f"they are in {tmp_path}/above/betons; give that folder"):
+            loaders.find_rungs(tmp_path / place, "val")
 
 
 def rungs(**short_sides):
-    return {int(side[1:]): SimpleNamespace(median_short_side=short) for side, short in short_sides.items()}
+    return {
+        int(side[1:]): SimpleNamespace(median_short_side=short, path=f"betons/train{side}.beton")
+        for side, short in short_sides.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -255,7 +279,8 @@ def test_training_takes_the_smallest_rung_that_is_large_enough():
     assert loaders.training_rung(available, 151, "auto") == 500
     assert loaders.training_rung(available, 320, "auto") == 500
     assert loaders.training_rung(available, 96, 500) == 500
-    with pytest.raises(RunError, match="256, 400, 500"):
+    missing = r"^no train_333.beton in betons \(there: 256, 400, 500\): .*--out.resolutions=333 .* --data.rung=auto$"
+    with pytest.raises(RunError, match=missing):
         loaders.training_rung(available, 96, 333)
 
 

@@ -228,7 +228,7 @@ def test_a_run_stops_before_its_limit_and_goes_on_with_a_larger_one(betons, tmp_
     left = 3600 * row["dollars_to_finish"] / PRICE
     assert row["finish_time"] == pytest.approx(time.time() + left, abs=70)
     assert left > 300
-    assert f"${row['dollars_to_finish']:.2f} to finish" in output
+    assert f"${row['dollars_to_finish']:,.2f} to finish" in output
 
 
 def test_two_ranks_stop_at_the_limit_together(betons, tmp_path):

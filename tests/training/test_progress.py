@@ -1,10 +1,158 @@
-"""Waiting for data: on a CPU the time of the call, on a GPU the time that it had nothing to do."""
+"""What a run says while it goes: its last line on a terminal, the end that it expects, the time it waited for data."""
 
+import contextlib
+import io
+import os
+import select
+import sys
+import termios
 import time
 
+import pytest
 import torch
 
-from rn50.training.progress import Waiting
+from rn50.planning import budget
+from rn50.training import progress
+from rn50.training.progress import Console, Progress, Waiting, counted, duration, fitted, folded, moment
+
+PARTS = {
+    "what": "epoch 3/80",
+    "share": "12 %",
+    "speed": "3,410 img/s",
+    "loss": "loss 2.18",
+    "money": "$1.24 of $25",
+    "end": "ends Thu 08:40",
+}
+
+
+# --- The last line ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "line"),
+    [
+        (80, "epoch 3/80 · 12 % · 3,410 img/s · loss 2.18 · $1.24 of $25 · ends Thu 08:40"),
+        (75, "epoch 3/80 · 12 % · 3,410 img/s · $1.24 of $25 · ends Thu 08:40"),
+        (60, "epoch 3/80 · 12 % · $1.24 of $25 · ends Thu 08:40"),
+        (45, "epoch 3/80 · $1.24 of $25 · ends Thu 08:40"),
+        (40, "$1.24 of $25 · ends Thu 08:40"),
+        (20, "$1.24 of $25 · ends"),
+    ],
+)
+def test_where_the_terminal_is_narrow_the_money_and_the_end_stay(columns, line):
+    assert fitted(PARTS, columns) == line
+
+
+def test_a_wait_for_data_stays_longer_than_loss_and_speed():
+    parts = PARTS | {"waits": "waits 12 %"}
+    assert fitted(parts, 80) == "epoch 3/80 · 12 % · 3,410 img/s · $1.24 of $25 · ends Thu 08:40 · waits 12 %"
+    assert fitted(parts, 60) == "epoch 3/80 · $1.24 of $25 · ends Thu 08:40 · waits 12 %"
+
+
+def test_what_is_printed_for_good_is_folded():
+    assert folded(["a" * 30, "b" * 30, "c" * 14]) == f"{'a' * 30} · {'b' * 30} · {'c' * 14}"
+    assert folded(["a" * 30, "b" * 30, "c" * 15, "d"]) == f"{'a' * 30} · {'b' * 30}\n  {'c' * 15} · d"
+
+
+def set_columns(terminal, columns):
+    termios.tcsetwinsize(terminal, (24, columns))
+
+
+@contextlib.contextmanager
+def terminal(monkeypatch):
+    """stderr is a terminal: gives a function that returns what it was sent since the last call."""
+    ours, theirs = os.openpty()
+    set_columns(theirs, 80)
+
+    def sent():
+        pieces = b""
+        while select.select([ours], [], [], 0.3)[0]:  # the kernel passes it on in its own time
+            pieces += os.read(ours, 65536)
+        return pieces.decode()
+
+    with open(theirs, "w") as stream, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", stream)
+        patched.setenv("TERM", "xterm")
+        yield sent
+    os.close(ours)
+
+
+def test_the_line_renews_itself_at_the_windows_width_and_what_is_said_comes_above(monkeypatch):
+    said, line = [], "epoch 3/80 · 12 % · 3,410 img/s · loss 2.18 · $1.24 of $25 · ends Thu 08:40"
+    with terminal(monkeypatch) as sent:
+        console = Console(write=said.append, shown=True)
+        console.show(PARTS)
+        assert sent() == f"{progress.ERASE}{line}\r"
+        console.say("a warning")
+        assert sent() == f"{progress.ERASE}\r{progress.ERASE}{line}\r"
+        set_columns(sys.stderr.fileno(), 60)
+        console.show(PARTS)
+        assert sent() == f"{progress.ERASE}epoch 3/80 · 12 % · $1.24 of $25 · ends Thu 08:40\r"
+        console.clear()
+        console.say("the end")
+        assert sent() == 3 * f"{progress.ERASE}\r"
+    assert said == ["a warning", "the end"]
+
+
+def test_without_a_terminal_the_line_is_printed_when_nothing_was_for_a_minute(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    now, said = [0.0], []
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    console, other = Console(write=said.append, shown=True), Console(write=said.append, shown=False)
+    for now[0], due in ((0.5, False), (59.0, True), (61.0, True), (61.5, False), (100.0, True), (122.0, True)):
+        for each in (console, other):
+            assert each.due() == due
+            each.show(PARTS)
+            each.clear()
+        if now[0] == 100.0:
+            console.say("a warning")
+    assert said == [" · ".join(PARTS.values()), "a warning"]
+    assert sys.stderr.getvalue() == ""
+
+
+def test_moments_and_numbers_in_words(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_796_300_000.0)
+    monkeypatch.setattr(time, "localtime", time.gmtime)
+    assert [moment(seconds) for seconds in (0, 61, 59 * 60)] == ["in 1 min", "in 2 min", "in 59 min"]
+    assert moment(59 * 60 + 1) == "Thu 13:12"
+    assert moment(5 * 86400) == "Tue 12:13"
+    assert moment(6 * 86400) == "9 Dec"
+    assert [duration(seconds) for seconds in (0.4, 119, 120, 7199, 7200)] == [
+        "0 s",
+        "119 s",
+        "2 min",
+        "120 min",
+        "2.0 h",
+    ]
+    assert [counted(1, "class"), counted(1000, "class"), counted(2, "epoch")] == [
+        "1 class",
+        "1,000 classes",
+        "2 epochs",
+    ]
+
+
+def test_the_first_step_of_an_epoch_says_nothing_of_the_rest():
+    """It compiles, and takes as long as a thousand others."""
+    config = {
+        "training": {"epochs": 2},
+        "resolution": {"start": 64, "end": 64, "start_ramp": 0, "end_ramp": 0, "multiple": 32},
+        "validation": {"every": 5, "resolutions": [], "headline_resolution": 64, "headline_view": "single"},
+    }
+    done = Progress(epoch_steps=100)
+    pace = budget.Pace(config=config, progress=done, images=100, validation_images=100)
+    assert pace.seconds_to_finish() is None
+    done.count_step(images=1, seconds=1000.0, cpu_seconds=0.0)
+    pace.leave_out()
+    assert pace.seconds_to_finish() is None
+    for _ in range(9):
+        done.count_step(images=1, seconds=1.0, cpu_seconds=0.0)
+    assert pace.seconds_to_finish() == pytest.approx(90 + 100)
+    done.rows.append({"epoch": 0, "resolution": 64, "train_seconds": 150.0, "val_seconds": 0.0})
+    done.next_epoch()
+    assert pace.seconds_to_finish() == pytest.approx(150)
+
+
+# --- Waiting for data: on a CPU the time of the call, on a GPU the time that it had nothing to do --------------------
 
 
 def test_on_a_cpu_it_is_the_time_of_the_call():

@@ -1,6 +1,7 @@
 """Runs that are stopped, hang, or lose a rank: how soon they end, what they say, and what a repetition makes of it."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def test_a_signal_during_the_imports_is_heeded_before_the_first_step(betons, tmp
     """In a new process, because the imports are what takes long."""
     flags = {"data.dir": betons, "logging.folder": tmp_path, "logging.run_name": "x", "training.device": "cpu"}
     flags |= {"training.epochs": 9, "training.batch_size": 20, "training.micro_batch": 20, "model.arch": "resnet18"}
-    command = [sys.executable, ROOT / "train_imagenet.py", *(f"--{name}={value}" for name, value in flags.items())]
+    command = [sys.executable, str(ROOT / "train_imagenet.py"), *(f"--{name}={value}" for name, value in flags.items())]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not catches_sigterm(process.pid):
         time.sleep(0.01)
@@ -48,7 +49,9 @@ def test_a_signal_during_the_imports_is_heeded_before_the_first_step(betons, tmp
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 3, output
     assert time.monotonic() - asked < 20
-    assert output.endswith("stopping at step 0: SIGTERM; the same command goes on from there\n")
+    assert output.startswith("loading ...\n")
+    stopping = "stopping at step 0: SIGTERM; the same command goes on from there\nnext: go on\n"
+    assert output.endswith(f"{stopping}  {shlex.join(command)}\n")
     assert '"status": "interrupted"' in (tmp_path / "x" / "status.json").read_text()
 
 
@@ -126,7 +129,7 @@ def test_a_step_with_a_loss_of_nan_is_left_out_and_counted_also_by_who_resumes_i
         assert command.end() == 0, command.output()
     expected = chaos.outcome(command.folder, epochs=3)
     assert [row["skipped_steps"] for row in expected[1]] == [1, 0, 0]
-    assert "1 steps of it were left out" in command.output()
+    assert "1 step of it was left out" in command.output()
     slowly = {"prepare": lose_the_third_step_and_evaluate_slowly, "validation__batch_size": 1}
     with Command(betons, tmp_path / "parts", **slowly) as command:
         command.until(command.has_checkpoint)
