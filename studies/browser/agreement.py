@@ -24,6 +24,7 @@ from selenium.webdriver.common.by import By
 from rn50.command import run
 from rn50.errors import RunError
 from rn50.files import write_atomically
+from rn50.help import HelpFormatter
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "app/browser")]
@@ -72,7 +73,7 @@ def main():
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", default="model", type=Path, help="an exported model's folder (default: model)")
     parser.add_argument("--images", required=True, type=Path, help="a folder of JPEGs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")

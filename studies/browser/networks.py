@@ -29,6 +29,7 @@ from selenium import webdriver
 from rn50.command import run
 from rn50.errors import RunError
 from rn50.files import expanded, expanded_path, write_atomically
+from rn50.help import HelpFormatter
 from rn50.machine import commit, cores, processor
 from rn50.model import build_model
 from rn50.publishing import export
@@ -112,7 +113,7 @@ def main():
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", type=expanded_path, help="folder of an exported model")
     parser.add_argument("--data", type=expanded, metavar="BETONS", help="folder of the .beton files it was trained on")
     parser.add_argument("--json", type=expanded_path, metavar="FILE", help="write the figures there")

@@ -32,7 +32,7 @@ GPU_COPY_GB_PER_S = 3.0
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--minutes", type=float, default=10, help="as logging.checkpoint_minutes")
     parser.add_argument("--batch", type=int, default=16, help="images of a step")
     parser.add_argument("--size", type=int, default=128, help="px of an image")

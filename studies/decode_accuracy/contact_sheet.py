@@ -61,12 +61,12 @@ def reference(jpeg, crop, size):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("file", help="a .beton file of JPEGs")
     parser.add_argument("--out", required=True, help="picture to write")
     parser.add_argument("--resolution", type=int, default=160, help="px of the crops")
     parser.add_argument("--count", type=int, default=24, help="crops, spread over the file")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the crops (%(default)s)")
     return parser.parse_args()
 
 

@@ -142,7 +142,7 @@ class StockLoader:
 
 def arguments():
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Further arguments go to train_imagenet.py."
+        description=__doc__.partition("\n\n")[0], epilog="Further arguments go to train_imagenet.py."
     )
     parser.add_argument("--data", required=True, help="folder of {train,val}_224.beton of Imagenette, no smaller")
     parser.add_argument("--seeds", default="0,1,2", help="comma-separated")

@@ -24,7 +24,7 @@ STEPS = 312
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--out", required=True, help="where results.json and results.md go")
     args = parser.parse_args()
     forecasts = {name: held_out_errors(estimate) for name, estimate in ESTIMATES.items()}

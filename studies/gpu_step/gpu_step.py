@@ -460,19 +460,24 @@ def reset_memory(device):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--arch", default="resnet50")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: the GPU where there is one",
+    )
+    parser.add_argument("--arch", default="resnet50", help="network, as torchvision calls it (%(default)s)")
     parser.add_argument("--resolutions", type=numbers, default=[96, 128, 176, 224], help="px, comma-separated")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=256, help="images of a step (%(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each candidate (%(default)s)")
     parser.add_argument("--seconds", type=float, default=0.25, help="of one turn of one candidate")
     parser.add_argument("--warm-up", type=int, default=3, help="steps, in which cuDNN chooses its kernels")
     parser.add_argument(
         "--cudnn", type=int, default=10, help="kernels that cuDNN tries for a shape; 0: its first choice"
     )
     parser.add_argument("--only", type=names, default=",".join(CANDIDATES), help=f"of {', '.join(CANDIDATES)}")
-    parser.add_argument("--json", metavar="OUT")
+    parser.add_argument("--json", metavar="OUT", help="where to write the figures")
     parser.add_argument("--profile", metavar="OUT", help="kernels of the first two at the first resolution")
     args = parser.parse_args()
     args.only = names(args.only) if isinstance(args.only, str) else args.only

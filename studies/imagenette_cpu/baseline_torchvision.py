@@ -118,7 +118,7 @@ def data_loaders(args):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--data", required=True, help="ImageFolder tree with train/ and val/")
     parser.add_argument("--out", required=True, help="run folder")
     parser.add_argument("--cpu-minutes", type=float, required=True, help="processor time of the training, all threads")
@@ -126,12 +126,14 @@ def arguments():
     parser.add_argument("--eval-resolution", type=int, required=True, help="px of the centre crops")
     parser.add_argument("--crop-ratio", type=float, default=1.0, help="centre crop over the short side")
     parser.add_argument("--crop-scale", type=float, nargs=2, default=(0.35, 1.0), help="range of the crop's area")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr-per-256", type=float, default=0.2)
-    parser.add_argument("--weight-decay", type=float, default=5e-4)
+    parser.add_argument("--batch-size", type=int, default=64, help="images of a step (%(default)s)")
+    parser.add_argument(
+        "--lr-per-256", type=float, default=0.2, help="peak for every 256 images of a step (%(default)s)"
+    )
+    parser.add_argument("--weight-decay", type=float, default=5e-4, help="L2 penalty (%(default)s)")
     parser.add_argument("--warmup-share", type=float, default=1 / 12, help="of the minutes")
     parser.add_argument("--ema-half-life", type=float, default=60, help="steps")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and crops (%(default)s)")
     return parser.parse_args()
 
 

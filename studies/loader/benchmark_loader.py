@@ -448,13 +448,13 @@ def anonymous_megabytes():
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--images", required=True, help="folder of images")
     at = parser.add_mutually_exclusive_group()
     at.add_argument("--resolution", type=resolutions, default=[160], help="px of the crops; several, comma-separated")
     at.add_argument("--schedule", metavar="YAML", help="a recipe: images/s over its epochs, each at its resolution")
     parser.add_argument("--threads", type=int, default=1, help="decoding threads, or worker processes")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="passes of each loader (%(default)s)")
     parser.add_argument("--copies", type=int, default=1, help="so many times the images")
     parser.add_argument("--only", help="these loaders, comma-separated")
     parser.add_argument(

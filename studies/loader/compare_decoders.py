@@ -79,12 +79,12 @@ def compare(libraries, info, samples, resolution, repeats):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("file", help="a .beton file of JPEGs")
     parser.add_argument("sources", nargs="+", help="C files, the one to compare with first")
     parser.add_argument("--resolution", type=int, nargs="+", default=[88, 128, 224], help="px of the crops")
     parser.add_argument("--count", type=int, default=300, help="images, spread over the file")
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="passes of each version (%(default)s)")
     parser.add_argument("--any", action="store_true", help="compile for any processor")
     return parser.parse_args()
 

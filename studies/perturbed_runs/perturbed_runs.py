@@ -153,7 +153,7 @@ def lines(rows):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--images", required=True, type=Path, help="folder with train/ and val/, ImageFolder trees")
     parser.add_argument("--data", required=True, type=Path, help="folder with train_64.beton and val_64.beton of them")
     parser.add_argument("--out", required=True, type=Path, help="where runs.jsonl and results.md go")

@@ -203,7 +203,8 @@ def conclusions(differences):
 
 def arguments():
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="Further arguments go to train_imagenet.py, as --section.key=value."
+        description=__doc__.partition("\n\n")[0],
+        epilog="Further arguments go to train_imagenet.py, as --section.key=value.",
     )
     parser.add_argument("--arms", choices=ARMS, default="parts", help="what the recipes have, or what they might have")
     parser.add_argument("--data", required=True, help="folder of train_128.beton and val_128.beton of Imagenette")

@@ -35,6 +35,8 @@ def interleaved():
 VARIANTS = {variant.__name__: variant for variant in (alternating_flip, interleaved)}
 
 if __name__ == "__main__":
+    if not VARIANTS.keys() & set(sys.argv[1:2]):
+        sys.exit(__doc__ + f"\nThere are {', '.join(VARIANTS)}.")
     VARIANTS[sys.argv[1]]()
     sys.argv = [str(SCRIPT), *sys.argv[2:]]
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -35,6 +35,7 @@ from rn50.augment import normalize
 from rn50.command import run
 from rn50.errors import RunError
 from rn50.files import write_atomically
+from rn50.help import HelpFormatter
 from rn50.machine import commit
 from rn50.publishing import export
 
@@ -76,7 +77,7 @@ def main():
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument("--model", default="model", type=Path, help="an exported model's folder (default: model)")
     parser.add_argument("--image", required=True, type=Path, help="the picture to send")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")

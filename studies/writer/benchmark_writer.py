@@ -114,12 +114,12 @@ def report(args, count, speeds):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("--images", required=True, help="folder of images, searched in depth")
     parser.add_argument("--copies", type=int, default=1, help="so many times the images")
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes (%(default)s)")
     parser.add_argument("--resolutions", type=int, nargs="+", default=[400, 500], help="longest sides, px")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="turns of each writer (%(default)s)")
     parser.add_argument("--json", help="where to write the figures")
     parser.add_argument("--folder", help="where the files of the benchmark go (default: the system's temporary folder)")
     return parser.parse_args()
