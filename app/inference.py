@@ -18,7 +18,7 @@ import onnxruntime
 import pictures
 from PIL import GifImagePlugin, Image
 
-FORMAT = 1
+FORMAT = 2
 # What browsers and phones produce. Other parsers of Pillow's are not offered to strangers: a TIFF of 1 MB can have it
 # read gigabytes.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")
@@ -46,12 +46,13 @@ class BadModel(ValueError):
 class Prediction:
     """logits, probabilities: float32 [classes]. features: float32 [channels, h, w], the last feature map.
 
-    shown: the part of the picture that the network saw, square, for people: in up to SHOWN pixels. decode_ms,
-    network_ms: milliseconds.
+    unsure: the best class has less than the model's `unsure_below`, as few right answers have. shown: the part of the
+    picture that the network saw, square, for people: in up to SHOWN pixels. decode_ms, network_ms: milliseconds.
     """
 
     logits: np.ndarray
     probabilities: np.ndarray
+    unsure: bool
     features: np.ndarray
     shown: Image.Image
     decode_ms: float
@@ -138,7 +139,8 @@ class Classifier:
             self.resolution, self.crop_ratio = prepared["resolution"], prepared["crop_ratio"]
             scale = 1 / np.asarray(prepared["std"], np.float32)
             self._scale, self._offset = scale, np.asarray(prepared["mean"], np.float32) * scale
-            self.labels, self._sigmoid = self.config["labels"], self.config["activation"] == "sigmoid"
+            self.labels, shown = self.config["labels"], self.config["probabilities"]
+            self.temperature, self.unsure_below = float(shown["temperature"]), float(shown["unsure_below"])
             path = self.folder / (file or self.config["network"])
         except (KeyError, TypeError) as error:
             raise BadModel(f"{self.folder / 'config.json'} has no {error}; export the model again") from None
@@ -189,9 +191,11 @@ class Classifier:
         prepared = time.perf_counter()
         logits, features = self.run(pixels[None])
         ended = time.perf_counter()
+        probabilities = self.probabilities(logits[0])
         return Prediction(
             logits=logits[0],
-            probabilities=self.probabilities(logits[0]),
+            probabilities=probabilities,
+            unsure=bool(probabilities.max() < self.unsure_below),
             features=features[0],
             shown=self.show(picture),
             decode_ms=1000 * (prepared - started),
@@ -199,10 +203,12 @@ class Classifier:
         )
 
     def probabilities(self, logits):
-        """Softmax, or for a network trained with a sigmoid for each class those: float32 [..., classes]."""
-        logits = logits.astype(np.float64)
-        if self._sigmoid:
-            return (1 / (1 + np.exp(-logits))).astype(np.float32)
+        """Softmax at the model's temperature: shares of 1, float32 [..., classes].
+
+        For a network trained with a sigmoid for each class, too: they are in proportion to p / (1 - p) of its sigmoids
+        p, which is how probable each class is where exactly one is true.
+        """
+        logits = logits.astype(np.float64) / self.temperature
         shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
         return (shares / shares.sum(axis=-1, keepdims=True)).astype(np.float32)
 

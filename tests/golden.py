@@ -252,7 +252,7 @@ def export(run_folder, tree, out):
     config = json.loads((out / "config.json").read_text())
     for key in ("seconds", "commit", "device", "packages"):
         config["training"].pop(key)
-    for key in ("agreement", "browser", "export", "results", "curve"):
+    for key in ("agreement", "browser", "export", "links", "probabilities", "results", "curve"):
         config[key] = sorted(config[key]) if isinstance(config[key], dict) else len(config[key])
     return masked(json.dumps(config, indent=1)) + "\n"
 

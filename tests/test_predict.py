@@ -1,6 +1,8 @@
 """tools/predict.py: what the Space says, in the terminal."""
 
 import json
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -27,8 +29,22 @@ def test_a_table_and_json_say_the_same(monkeypatch, capsys, exported, known):  #
         assert row["confidences"][0]["probability"] == pytest.approx(probability, abs=1e-5)
     run(monkeypatch, paths[0], "--model", exported[0])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 6
-    assert lines[1] == f"  {100 * known[0][2]:6.2f} %  {known[0][1]}"
+    assert lines[0] == str(paths[0])
+    assert lines[-6] == f"  {100 * known[0][2]:5.1f} %  {known[0][1]}"
+    assert re.fullmatch(r"  decoded in \d+\.\d ms, classified in \d+\.\d ms", lines[-1])
+
+
+def test_it_says_where_it_is_unsure(monkeypatch, capsys, exported, known, tmp_path):  # noqa: F811
+    model = shutil.copytree(exported[0], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    for least, unsure in ((known[0][2] - 0.01, False), (known[0][2] + 0.01, True)):
+        config["probabilities"]["unsure_below"] = least
+        (model / "config.json").write_text(json.dumps(config))
+        run(monkeypatch, known[0][0], "--model", model, "--json")
+        assert json.loads(capsys.readouterr().out)["unsure"] == unsure
+        run(monkeypatch, known[0][0], "--model", model)
+        words = f"  unsure: nearly all right answers have {100 * least:.0f} % or more; it knows 10 classes alone"
+        assert (words in capsys.readouterr().out.splitlines()) == unsure
 
 
 def test_the_map_is_of_the_chosen_class(monkeypatch, exported, known, tmp_path):  # noqa: F811

@@ -494,7 +494,7 @@ def test_the_repository_has_one_address():
     """A placeholder as yet, which one replacement fills everywhere."""
     pages = [ROOT / "README.md", ROOT / "CITATION.cff", ROOT / "notebooks/01_pipeline_test.ipynb", *PAGES]
     named = {page.name: re.findall(r"github(?:\.com)?/(\w+/rn50)\b", page.read_text()) for page in pages}
-    assert named["README.md"] and named["CITATION.cff"] and named["01_pipeline_test.ipynb"]
+    assert all(named[name] for name in ("README.md", "CITATION.cff", "01_pipeline_test.ipynb"))
     assert {name for found in named.values() for name in found} == {ADDRESS.removeprefix("https://github.com/")}
 
 

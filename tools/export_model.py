@@ -1,11 +1,12 @@
 """A checkpoint as a folder that can be published: safetensors, ONNX, config.json, a model card and example pictures.
 
-    python tools/export_model.py --checkpoint runs/rn50_78/last.pt --out model/
+    python tools/export_model.py --checkpoint runs/rn50_78 --out model/
     python tools/export_model.py --checkpoint ... --out model/ --images IMAGENET --examples a.jpg b.jpg \\
         --examples-licence "CC BY 4.0, by Jane Doe"
 
 Takes the EMA's weights where there are some. Classes, checksums and the images for checking come from the run's .beton
-files. It re-loads what it wrote and compares logits before it reports success; an 8-bit network takes the place of the
+files. On validation images it fits what the probabilities are divided by, and below which the pages say that they are
+unsure. It re-loads what it wrote and compares logits before it reports success; an 8-bit network takes the place of the
 float one when it is within 0.3 points of it on the validation images (paired) and faster here; where it does not, the
 page in a browser gets a network of its own, with weights in 8 bits. --images also compares the app with torchvision's
 transforms and PyTorch on image files.
@@ -34,10 +35,10 @@ from rn50.data import beton, writer
 from rn50.data.pictures import decode_image
 from rn50.data.sources import open_source
 from rn50.errors import RunError, UsageError
-from rn50.files import expanded, expanded_path, read_json
+from rn50.files import expanded, expanded_path, file_of_run, read_json
 from rn50.machine import commit
 from rn50.model import not_finite
-from rn50.publishing import card, export
+from rn50.publishing import calibration, card, export, links
 from rn50.training import checkpoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "app"))
@@ -53,6 +54,7 @@ FILE_POINTS, FILE_LOGITS = 0.1, 1e-3
 
 def main():
     args = arguments()
+    args.checkpoint = str(file_of_run(args.checkpoint, checkpoint.LAST))
     refuse_foreign(args.out)
     state = checkpoint.load(args.checkpoint)
     which = args.weights or ("ema" if state["ema"] else "last")
@@ -79,7 +81,7 @@ def main():
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", required=True, type=expanded, help="last.pt of a run folder")
+    parser.add_argument("--checkpoint", required=True, type=expanded_path, help="a run folder, or its last.pt")
     parser.add_argument(
         "--out", required=True, type=expanded_path, help="the folder to write; an earlier export is replaced"
     )
@@ -170,15 +172,15 @@ def spread(total, count):
 def write(folder, args, state, which, description, network, data):
     """Every file of the export, checked; returns its config."""
     examples = write_examples(folder, args.examples, args.examples_licence)
+    dataset, made = card.dataset_name(data.classes), training(args.checkpoint, state)
     config = {
         "format": inference.FORMAT,
         "name": args.name or state["config"]["logging"]["run_name"],
-        "dataset": args.dataset or card.dataset_name(data.classes),
+        "dataset": args.dataset or dataset,
         "licence": args.licence,
         "architecture": description,
         "weights": which,
         "network": export.NETWORK,
-        "activation": "sigmoid" if state["config"]["training"].get("loss") == "bce" else "softmax",
         "preprocessing": {
             "resolution": state["config"]["validation"]["headline_resolution"],
             "crop_ratio": state["config"]["validation"]["crop_ratio"],
@@ -189,11 +191,13 @@ def write(folder, args, state, which, description, network, data):
         },
         "labels": data.classes,
         "results": results(state),
-        "training": training(args.checkpoint, state),
+        "training": made,
         "curve": curve(state),
         "recipe": recipe(state["config"]),
         "data": data.checksums(),
+        "links": links.links(dataset, made["commit"], args.licence),
         "examples": examples,
+        "probabilities": {"temperature": 1.0, "unsure_below": 0.0},
         "agreement": None,
         "int8": None,
         "browser": None,
@@ -204,7 +208,9 @@ def write(folder, args, state, which, description, network, data):
     save_json(folder / "config.json", config)
     config["export"] |= check_files(folder, description, network, data)
     float32 = inference.Classifier(folder, file=export.NETWORK)
-    right = classified_right(float32, data, args.max_images)
+    logits, labels = answers(float32, data, args.max_images)
+    config["probabilities"] = calibration.calibrate(logits, labels)
+    right = logits.argmax(1) == labels
     if not args.no_int8:
         config["int8"] = try_int8(folder, data, float32, right)
         if config["int8"]["verdict"] == "taken":
@@ -309,10 +315,17 @@ def check_files(folder, description, network, data):
     return {"images": images, "kind": "validation images"} | worst
 
 
-def classified_right(classifier, data, count):
-    """Which of up to `count` validation images `classifier` gives the right class: bool [count]."""
+def answers(classifier, data, count):
+    """(float32 logits [n, classes], true classes int64 [n]) of `classifier` for up to `count` validation images."""
     batches = data.batches("val", count, classifier.prepare)
-    return np.concatenate([classifier.run(batch)[0].argmax(1) == labels for batch, labels in batches])
+    found = [(classifier.run(batch)[0], labels) for batch, labels in batches]
+    return tuple(np.concatenate(parts) for parts in zip(*found, strict=True))
+
+
+def classified_right(classifier, data, count):
+    """Which of the same images `classifier` gives the right class: bool [n]."""
+    logits, labels = answers(classifier, data, count)
+    return logits.argmax(1) == labels
 
 
 def try_int8(folder, data, float32, right):
@@ -436,8 +449,9 @@ def report(out, config):
         )
     else:
         print("  not evaluated: the run is not finished")
-    for line in card.agreement_lines(config):
+    for line in [*card.probability_lines(config), *card.agreement_lines(config)]:
         print(f"  {line.replace('`', '')}")
+    print(f"  links: {', '.join(filter(None, config['links'].values())) or 'none'}")
     if config["browser"]["points"] < -INT8_POINTS:
         print(f"  note: the page in a browser is more than {INT8_POINTS} points worse than the network")
     for path in sorted(path for path in out.rglob("*") if path.is_file()):

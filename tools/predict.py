@@ -4,7 +4,8 @@
     python tools/predict.py IMAGE... --model model/ --json     one JSON object a picture, a line each
     python tools/predict.py IMAGE --cam out.png                also where the network looked (--cam-class NAME)
 
-Exit status 1 where a picture cannot be read; the others are still answered.
+Says "unsure" where the best class has less than nearly all right answers have. Exit status 1 where a picture cannot be
+read; the others are still answered.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def main():
             failed += 1
             continue
         row = describe(model, path, prediction, args.top)
-        print(json.dumps(row) if args.json else table(row))
+        print(json.dumps(row) if args.json else table(row, model))
         if args.cam:
             index = prediction.top(1)[0] if chosen is None else chosen
             save_map(args.cam, prediction.shown, model.activation_maps(prediction.features, [index])[0])
@@ -53,7 +54,7 @@ def main():
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images", nargs="+", type=expanded_path, metavar="IMAGE")
+    parser.add_argument("images", nargs="+", type=expanded_path, metavar="IMAGE", help="a picture's file")
     parser.add_argument("--model", default="model", type=expanded, help="an exported model's folder (default: model)")
     parser.add_argument("--top", type=int, default=5, help="classes a picture (5)")
     parser.add_argument("--json", action="store_true", help="a JSON object a line instead of a table")
@@ -87,6 +88,7 @@ def class_index(model, name):
 def describe(model, path, prediction, count):
     return {
         "image": str(path),
+        "unsure": prediction.unsure,
         "confidences": [
             {
                 "label": model.names[index],
@@ -99,10 +101,13 @@ def describe(model, path, prediction, count):
     }
 
 
-def table(row):
-    took = row["milliseconds"]
-    lines = [f"{row['image']}  (decode {took['decode']:.1f} ms, network {took['network']:.1f} ms)"]
-    lines += [f"  {100 * entry['probability']:6.2f} %  {entry['label']}" for entry in row["confidences"]]
+def table(row, model):
+    took, lines = row["milliseconds"], [row["image"]]
+    if row["unsure"]:
+        least, classes = f"{100 * model.unsure_below:.0f} %", len(model.labels)
+        lines.append(f"  unsure: nearly all right answers have {least} or more; it knows {classes} classes alone")
+    lines += [f"  {100 * entry['probability']:5.1f} %  {entry['label']}" for entry in row["confidences"]]
+    lines.append(f"  decoded in {took['decode']:.1f} ms, classified in {took['network']:.1f} ms")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ export class Network {
         this.#worker = new Worker(new URL("worker.js", import.meta.url), options);
         this.#worker.addEventListener("message", ({data}) => this.#hear(data));
         this.#worker.addEventListener("error", () => this.#fail("The network has stopped: is there a connection?"));
-        for (const [id, {file}] of this.#waiting) this.#worker.postMessage({id, file});
+        for (const [id, {file, features}] of this.#waiting) this.#worker.postMessage({id, file, features});
     }
 
     #hear({progress, ready, failed, id, seen, problem, broken}) {
@@ -42,13 +42,16 @@ export class Network {
         this.failed(words);
     }
 
-    /** {probabilities, features, shown, decodeMs, networkMs} of a file; rejected with words for people. */
-    classify(file) {
+    /**
+     * {probabilities, unsure, features, shown, decodeMs, networkMs} of a file; rejected with words for people.
+     * features: whether they are wanted: they are large, and of many pictures nobody looks at them.
+     */
+    classify(file, {features = true} = {}) {
         return new Promise((resolve, reject) => {
             if (this.#problem) throw new Error(this.#problem);
             const id = this.#ids++;
-            this.#waiting.set(id, {file, resolve, reject});
-            this.#worker.postMessage({id, file});
+            this.#waiting.set(id, {file, features, resolve, reject});
+            this.#worker.postMessage({id, file, features});
         });
     }
 

@@ -102,9 +102,9 @@ async function start() {
     ort.env.wasm.numThreads = self.crossOriginIsolated ? Math.min(MOST_THREADS, navigator.hardwareConcurrency) : 1;
     ort.env.wasm.wasmBinary = runtime;
     const weight = await create(new Uint8Array(network));
-    const {names, wnids, runtimes} = site;
+    const {runtimes} = site;
     const threads = ort.env.wasm.numThreads;
-    postMessage({ready: {names, wnids, threads, weight: weight.data, webgpu: "webgpu" in runtimes}});
+    postMessage({ready: {threads, weight: weight.data, webgpu: "webgpu" in runtimes}});
     const current = [site.network, ...Object.values(runtimes).map((runtime) => runtime.wasm)];
     for (const {url} of await kept?.keys().catch(() => []) ?? []) {
         if (!current.some(({sha256: wanted}) => url.endsWith(`?${wanted}`))) await kept.delete(url);
@@ -129,27 +129,29 @@ function run(images, outputs) {
     return session.run({images: new ort.Tensor("float32", images, [1, 3, resolution, resolution])}, outputs);
 }
 
-/** Softmax, or for a network trained with a sigmoid for each class those. */
+/** Softmax at the model's temperature. */
 function probabilities(logits) {
-    if (site.activation === "sigmoid") return Float32Array.from(logits, (logit) => 1 / (1 + Math.exp(-logit)));
+    const {temperature} = site.probabilities;
     const most = logits.reduce((a, b) => Math.max(a, b));
-    const shares = Float64Array.from(logits, (logit) => Math.exp(logit - most));
+    const shares = Float64Array.from(logits, (logit) => Math.exp((logit - most) / temperature));
     const sum = shares.reduce((a, b) => a + b);
     return Float32Array.from(shares, (share) => share / sum);
 }
 
-async function classify(file) {
+async function classify(file, wantsFeatures) {
     const {resolution, crop_ratio: cropRatio} = site.preprocessing;
     const started = performance.now();
     const picture = await decode(new Uint8Array(await file.arrayBuffer()), site.kinds);
     try {
         const images = normalise(see(picture, {resolution, cropRatio}), site.preprocessing);
         const prepared = performance.now();
-        const {logits, features} = await run(images, ["logits", "features"]);
+        const {logits, features} = await run(images, wantsFeatures ? ["logits", "features"] : ["logits"]);
         const ended = performance.now();
+        const found = probabilities(logits.data);
         return {
-            probabilities: probabilities(logits.data),
-            features: {data: features.data, shape: features.dims.slice(1)},
+            probabilities: found,
+            unsure: found.reduce((a, b) => Math.max(a, b)) < site.probabilities.unsure_below,
+            features: features && {data: features.data, shape: features.dims.slice(1)},
             shown: await picture.shown(resolution, cropRatio),
             decodeMs: prepared - started,
             networkMs: ended - prepared,
@@ -171,11 +173,11 @@ started.catch((problem) => postMessage({failed: words(problem)}));
 
 // One at a time: two pictures at once would only share the processor.
 let turn = started.catch(() => {});
-self.addEventListener("message", ({data: {id, file}}) => {
+self.addEventListener("message", ({data: {id, file, features}}) => {
     turn = turn.then(async () => {
         try {
             await started;
-            postMessage({id, seen: await classify(file)});
+            postMessage({id, seen: await classify(file, features)});
         } catch (problem) {
             // after a trap in WebAssembly its memory is not to be trusted
             postMessage({id, problem: words(problem), broken: !(problem instanceof UnreadableImage)});

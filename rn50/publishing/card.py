@@ -3,7 +3,9 @@
 import jinja2
 import yaml
 
+from rn50.data import textures
 from rn50.data.imagenet import IMAGENETTE_NAMES
+from rn50.publishing import calibration
 
 IMAGENET_CLASSES = 1000
 # What the Hub calls a dataset, by what dataset_name calls it.
@@ -11,12 +13,19 @@ ON_THE_HUB = {"ImageNet-1k": "imagenet-1k", "Imagenette": "frgfm/imagenette"}
 
 
 def dataset_name(labels):
-    """What the classes say about the data: ImageNet-1k, Imagenette, or nothing."""
+    """What the classes say about the data: ImageNet-1k, Imagenette, generated textures, or None."""
     wnids = {label["wnid"] for label in labels}
     if wnids == set(IMAGENETTE_NAMES):
         return "Imagenette"
+    if wnids == set(textures.CLASSES):
+        return "generated textures"
     ours = all(len(wnid) == 9 and wnid[0] == "n" and wnid[1:].isdigit() for wnid in wnids)
-    return "ImageNet-1k" if ours and len(wnids) == IMAGENET_CLASSES else "a dataset without a name"
+    return "ImageNet-1k" if ours and len(wnids) == IMAGENET_CLASSES else None
+
+
+def images_of(config):
+    """What the network was trained on, in words: the dataset's name, or else how many classes it has."""
+    return config["dataset"] or f"images of {len(config['labels'])} classes"
 
 
 def model_card(config):
@@ -29,8 +38,8 @@ def model_card(config):
         "metrics": ["accuracy"],
     }
     on_hub = ON_THE_HUB.get(config["dataset"])
-    kind = on_hub or config["dataset"].lower().replace(" ", "-")
-    data = {"name": config["dataset"], "type": kind, "split": "validation"}
+    kind = on_hub or images_of(config).lower().replace(" ", "-")
+    data = {"name": images_of(config), "type": kind, "split": "validation"}
     headline = headline_row(config)
     if on_hub:
         front["datasets"] = [on_hub]
@@ -70,22 +79,59 @@ def _text(config, headline):
         name=network["arch"].replace("resnet", "ResNet-"),
         blur=" with BlurPool" if blurred else "",
         setting=_setting,
+        images=images_of(config),
+        probabilities=probability_lines(config),
         agreement=agreement_lines(config),
         training=training_sentence(config),
         optimizer=optimizer_sentence(config),
         cost=cost_sentence(config),
         recipe=yaml.safe_dump(config["recipe"], sort_keys=False).rstrip(),
         short_side=round(prepared["resolution"] / prepared["crop_ratio"]),
-        terms="are for non-commercial research" if config["dataset"] == "ImageNet-1k" else "have terms of their own",
+        licence=licence_words(config),
+        terms="may be used for non-commercial research and teaching alone"
+        if config["dataset"] == "ImageNet-1k"
+        else "have terms of their own",
     )
+
+
+def probability_lines(config):
+    """What a probability on the page is and is worth, and when the pages say "unsure": a few sentences each."""
+    shown = config["probabilities"]
+    worth = (
+        f"Its probabilities are softmax(logits / {shown['temperature']:.2f}) and add up to 100 %. That temperature was "
+        f"fitted on {shown['fitted_images']:,} validation images."
+    )
+    if shown["images"]:
+        worth += (
+            f" On {shown['images']:,} others the best class's probability is {shown['ece']:.1f} points off on average "
+            f"(expected calibration error, {calibration.BINS} bins; {shown['ece_before']:.1f} at temperature 1). Other "
+            "kinds of pictures are another matter."
+        )
+    unsure = f"Where the best class has less than {100 * shown['unsure_below']:.0f} %, the pages say that it is unsure"
+    shares = " and ".join(
+        f"{shown[key]:.0f} % of its {what} answers"
+        for key, what in (("right_unsure", "right"), ("wrong_unsure", "wrong"))
+        if shown[key] is not None
+    )
+    return [worth, f"{unsure}: on those other images, for {shares}." if shares else f"{unsure}."]
+
+
+def licence_words(config):
+    """The weights' licence in a sentence, with a link where it is a well-known one."""
+    name = config["licence"].upper()
+    if name == "OTHER":
+        return "The weights have a licence of their own"
+    address = config["links"]["licence"]
+    return f"The weights are under the {f'[{name}]({address})' if address else name} licence"
 
 
 def training_sentence(config):
     made = config["training"]
     resolution = config["recipe"]["resolution"]
     sizes = sorted({resolution["start"], resolution["end"]})
+    planned = config["recipe"]["training"]["epochs"]
     return (
-        f"{made['epochs']:g} of {config['recipe']['training']['epochs']} epochs at {' to '.join(map(str, sizes))} px, "
+        f"{made['epochs']:g} of {planned} epoch{'s' * (planned != 1)} at {' to '.join(map(str, sizes))} px, "
         f"global batch {config['recipe']['training']['batch_size']}, "
         f"{'EMA weights' if config['weights'] == 'ema' else 'the weights of the last step'}, "
         f"{made['precision'] or config['recipe']['training']['precision']}"
@@ -95,10 +141,13 @@ def training_sentence(config):
 def optimizer_sentence(config):
     made, lr, data = (config["recipe"][section] for section in ("training", "lr", "data"))
     loss = made["loss"].replace("_", " ").replace("bce", "binary cross entropy")
+    more = f", label smoothing {made['label_smoothing']:g}"
+    more += f", mixup {made['mixup']:g}" if made.get("mixup") else ""
+    more += f", SAM every {made['sam_interval']} steps" if made.get("sam_rho") else ""
     return (
         f"SGD, momentum {made['momentum']:g}{' (Nesterov)' if made['nesterov'] else ''}, learning rate "
         f"{lr['lr_per_256']:g} per 256 images, {lr['warmup_epochs']:g} epochs of warm-up, {lr['schedule']} schedule, "
-        f"weight decay {made['weight_decay']:g}; {loss}, label smoothing {made['label_smoothing']:g}; random crops of "
+        f"weight decay {made['weight_decay']:g}; {loss}{more}; random crops of "
         f"{data['crop_scale'][0]:g} to {data['crop_scale'][1]:g} of the area, random mirror images"
     )
 
@@ -107,39 +156,41 @@ def cost_sentence(config):
     made = config["training"]
     device = made["device"] or "a machine that was not recorded"
     ranks = f"{made['world_size']} x " if made["world_size"] and made["world_size"] > 1 else ""
-    dollars = f"${made['dollars']:.2f} in all" if made["dollars"] is not None else "price not recorded"
-    return f"{duration(made['seconds'])} of training on {ranks}{device} (evaluations not counted), {dollars}."
+    dollars = f"; ${made['dollars']:.2f} in all" if made["dollars"] is not None else ""
+    return f"{duration(made['seconds'])} of training on {ranks}{device} (evaluations not counted){dollars}"
 
 
 def duration(seconds):
-    if seconds < 60:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 3600 else f"{seconds / 3600:.1f} hours"
+    number, unit = (seconds, "second") if seconds < 60 else (seconds / 60, "minute")
+    shown = f"{number:.0f}"
+    if seconds >= 3600:
+        shown, unit = f"{seconds / 3600:.1f}".removesuffix(".0"), "hour"
+    return f"{shown} {unit}{'s' * (shown != '1')}"
 
 
 def agreement_lines(config):
     """What was measured at export, a sentence each."""
     check = config["export"]
     lines = [
-        f"{check['images']} {check['kind']}: logits of `model.onnx` and of the re-loaded `model.safetensors` differ "
+        f"{check['images']:,} {check['kind']}: logits of `model.onnx` and of the re-loaded `model.safetensors` differ "
         f"from the checkpoint's by at most {check['onnx']:.1e} and {check['safetensors']:.1e}."
     ]
     if files := config["agreement"]:
         lines.append(
-            f"{files['images']} image files, through the app's own code: {files['app_top1']:.2f} % top-1, against "
+            f"{files['images']:,} image files, through the app's own code: {files['app_top1']:.2f} % top-1, against "
             f"{files['pil_top1']:.2f} % of the same files through torchvision's transforms and PyTorch (logits differ "
             f"by at most {files['logits']:.1e}); the `.beton` evaluation of the whole set gave "
             + (f"{files['beton_top1']:.2f} %." if files["beton_top1"] is not None else "nothing to compare with.")
         )
     if small := config["int8"]:
         lines.append(
-            f"8-bit variant, {small['images']} validation images: {small['points']:+.2f} points (95 %: "
+            f"8-bit variant, {small['images']:,} validation images: {small['points']:+.2f} points (95 %: "
             f"{small['low']:+.2f} to {small['high']:+.2f}, paired), {small['milliseconds']:.1f} ms an image against "
             f"{small['fp32_milliseconds']:.1f} ms: {small['verdict']}."
         )
     page = config["browser"]
     lines.append(
-        f"The page in a browser runs `{page['network']}`, {page['bytes'] / 1e6:.1f} MB, {page['images']} validation "
+        f"The page in a browser runs `{page['network']}`, {page['bytes'] / 1e6:.1f} MB, {page['images']:,} validation "
         f"images: {page['top1']:.2f} % top-1, {page['points']:+.2f} points (95 %: {page['low']:+.2f} to "
         f"{page['high']:+.2f}, paired) beside `model.onnx`."
     )

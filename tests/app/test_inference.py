@@ -207,7 +207,8 @@ def test_probabilities_and_maps(exported):
     model = inference.Classifier(exported[0], file="model.onnx")
     prediction = model.predict(encoded(picture(), "PNG"))
     logits = torch.from_numpy(prediction.logits)
-    np.testing.assert_allclose(prediction.probabilities, logits.softmax(0).numpy(), atol=1e-6)
+    assert 0.02 < model.temperature < 50
+    np.testing.assert_allclose(prediction.probabilities, (logits / model.temperature).softmax(0).numpy(), atol=1e-6)
     assert prediction.top(10) == logits.argsort(descending=True).tolist()
     maps = model.activation_maps(prediction.features)
     assert maps.shape == (10, 2, 2)
@@ -217,12 +218,19 @@ def test_probabilities_and_maps(exported):
     assert prediction.shown.size == (79, 79)  # 64/73 of the 90 rows, not enlarged
 
 
-def test_a_network_trained_with_a_sigmoid_for_each_class_gives_those(exported, tmp_path):
-    config = json.loads((exported[0] / "config.json").read_text()) | {"activation": "sigmoid", "network": "model.onnx"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def test_it_is_unsure_below_the_models_own_threshold(exported, tmp_path):
+    config = json.loads((exported[0] / "config.json").read_text()) | {"network": "model.onnx"}
     (tmp_path / "model.onnx").symlink_to(exported[0] / "model.onnx")
-    prediction = inference.Classifier(tmp_path).predict(encoded(picture(), "PNG"))
-    np.testing.assert_allclose(prediction.probabilities, 1 / (1 + np.exp(-prediction.logits)), atol=1e-6)
+    data, best = encoded(picture(), "PNG"), {}
+    for temperature in (1.0, 3.0):
+        for least in (0.0, best.get(temperature, 1.0)):
+            config["probabilities"] |= {"temperature": temperature, "unsure_below": least}
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            seen = inference.Classifier(tmp_path).predict(data)
+            best[temperature] = float(seen.probabilities.max())
+            assert seen.unsure == (best[temperature] < least)
+            assert seen.probabilities.sum() == pytest.approx(1, abs=1e-5)
+    assert best[3.0] < best[1.0]
 
 
 def test_classes_of_one_name_are_told_apart():
@@ -236,9 +244,10 @@ def test_a_folder_that_is_no_model_is_said_to_be_none(tmp_path, exported):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(inference.BadModel, match="cannot be read"):
         inference.Classifier(tmp_path)
-    (tmp_path / "config.json").write_text('{"format": 99}')
-    with pytest.raises(inference.BadModel, match="not of format 1"):
-        inference.Classifier(tmp_path)
+    for foreign in ("1", "99"):  # 1: of before the probabilities were calibrated
+        (tmp_path / "config.json").write_text(f'{{"format": {foreign}}}')
+        with pytest.raises(inference.BadModel, match="not of format 2; export the model again"):
+            inference.Classifier(tmp_path)
     config = json.loads((exported[0] / "config.json").read_text()) | {"network": "model.onnx"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(inference.BadModel, match="missing or damaged"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from PIL import Image
 
 from rn50.data.imagenet import IMAGENETTE_NAMES
 from rn50.errors import RunError
-from rn50.publishing import card, export
+from rn50.publishing import calibration, card, export
 from rn50.training import checkpoint
 from tests import tiny_model
 from tests.conftest import ROOT
@@ -112,6 +113,7 @@ def test_config_has_what_the_contract_names(config, betons, tiny_checkpoint):
     assert config["data"]["val_96.beton"] == manifest["beton"]["sha256"]
     assert config["training"]["commit"]
     assert config["recipe"]["training"]["batch_size"] == 40
+    assert config["format"] == 2
     # where the files were is nobody's business
     assert str(betons) not in json.dumps(config)
     assert "logging" not in config["recipe"]
@@ -137,6 +139,22 @@ def test_the_8_bit_network_is_judged_and_used_only_when_it_is_as_good(config, ex
     assert (judged["verdict"] == "taken") == good
     assert (exported[0] / "model_int8.onnx").exists() == good
     assert config["network"] == ("model_int8.onnx" if good else "model.onnx")
+
+
+def test_the_probabilities_are_calibrated_on_the_validation_images(config, exported, betons, textures):
+    data, model = export_model.Data(betons), inference.Classifier(exported[0], file="model.onnx")
+    pairs = [(model.run(model.prepare(picture)[None])[0][0], label) for picture, label in data.images("val", 110)]
+    logits, labels = np.array([logits for logits, _ in pairs]), np.array([label for _, label in pairs])
+    shown = config["probabilities"]
+    assert (shown["fitted_images"], shown["images"]) == (55, 55)
+    assert shown == pytest.approx(calibration.calibrate(logits, labels), rel=1e-3)
+    assert shown["ece"] < shown["ece_before"], "the fixture's network should be too sure"
+    seen = [model.predict(path.read_bytes()) for path in sorted(textures.glob("val/*/*.jpg"))]
+    assert 0 < np.mean([prediction.unsure for prediction in seen]) < 0.8
+    text = (exported[0] / "README.md").read_text()
+    assert f"softmax(logits / {shown['temperature']:.2f})" in text
+    assert f"{shown['ece']:.1f} points off on average" in text
+    assert f"{shown['wrong_unsure']:.0f} % of its wrong answers." in text
 
 
 def test_the_page_in_a_browser_gets_a_network_that_was_judged(config, exported, betons):
@@ -269,16 +287,18 @@ def test_the_card_has_front_matter_results_cost_limits_and_licence(exported, con
     headline = card.headline_row(config)
     assert front["model-index"][0]["results"][0]["metrics"][0]["value"] == round(headline["top1"], 2)
     assert f"| 64 px, single view (headline) | {headline['top1']:.2f} % | {headline['top1_low']:.2f} to" in body
+    sections = re.findall("^## (.*)", body, re.MULTILINE)
+    assert (sections[0], sections[-2:]) == ("Limits", ["Where it comes from", "Licence"])
+    assert "sha256" not in body.split("## Where it comes from")[0]
     for words in (
-        "Cost: ",
-        "## Limits",
-        "## Licence",
+        "trained from scratch on generated textures, 10 classes",
+        "The weights are under the [MIT](https://choosealicense.com/licenses/mit/) licence.",
         "CC0 1.0, generated",
-        "seconds of training on",
+        " of training on",
         "110 image files",
     ):
         assert words in body
-    assert "1 of 1 epochs at 32 px, global batch 40, EMA weights" in body
+    assert "1 of 1 epoch at 32 px, global batch 40, EMA weights" in body
     assert "learning rate 0.05 per 256 images" in body
     assert "not evaluated" not in body.lower()
 
@@ -289,12 +309,31 @@ def test_the_hubs_library_reads_the_card(exported, config):
     page = ModelCard.load(exported[0] / "README.md")
     (top1, top5), headline = page.data.eval_results, card.headline_row(config)
     assert (top1.metric_value, top5.metric_value) == (round(headline["top1"], 2), round(headline["top5"], 2))
-    assert (top1.task_type, top1.dataset_type) == ("image-classification", "a-dataset-without-a-name")
+    assert (top1.task_type, top1.dataset_type) == ("image-classification", "generated-textures")
     assert page.data.pipeline_tag == "image-classification"
     for dataset, wnids in (("imagenet-1k", [f"n{k:08d}" for k in range(1000)]), ("frgfm/imagenette", IMAGENETTE_NAMES)):
         named = config | {"dataset": card.dataset_name([{"wnid": wnid} for wnid in wnids])}
         data = ModelCard(card.model_card(named)).data
         assert (data.datasets, data.eval_results[0].dataset_type) == ([dataset], dataset)
+
+
+def test_the_cards_sentences_where_something_is_not_known(config):
+    assert card.dataset_name([{"wnid": "cat"}, {"wnid": "dog"}]) is None
+    bare = {"commit": None, "device": None, "dollars": None}
+    odd = config | {"dataset": None, "results": [], "training": config["training"] | bare | {"seconds": 75}}
+    odd |= {"licence": "other", "links": dict.fromkeys(config["links"])}
+    odd["probabilities"] = calibration.calibrate(np.eye(3), np.arange(3))
+    text = card.model_card(odd)
+    assert "trained from scratch on images of 10 classes." in text
+    assert "- 1 minute of training on a machine that was not recorded (evaluations not counted)\n" in text
+    assert "The weights have a licence of their own." in text
+    assert "None " not in text.split("```yaml")[0]
+    code = "https://github.com/OWNER/rn50"
+    odd["links"] |= {"code": code, "commit": f"{code}/commit/0123"}
+    odd["training"] |= {"commit": "0123", "dollars": 15.9, "seconds": 7200, "device": "NVIDIA A10G", "world_size": 2}
+    text = card.model_card(odd)
+    assert f"commit [`0123`]({code}/commit/0123); exported with" in text
+    assert "- 2 hours of training on 2 x NVIDIA A10G (evaluations not counted); $15.90 in all\n" in text
 
 
 def test_the_code_of_the_card_runs_as_it_stands(exported, textures, tmp_path):
@@ -305,7 +344,7 @@ def test_the_code_of_the_card_runs_as_it_stands(exported, textures, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     model = inference.Classifier(exported[0])
     seen = model.predict(picture.read_bytes())
-    expected = [f"{seen.logits[k]:6.2f}  {model.labels[k]['name']}" for k in seen.top(5)]
+    expected = [f"{100 * seen.probabilities[k]:5.1f} %  {model.labels[k]['name']}" for k in seen.top(5)]
     assert done.stdout.splitlines() == expected, done.stderr
 
 
@@ -338,13 +377,14 @@ def test_a_wrong_export_is_refused(exported, tiny_checkpoint, betons, config):
     ("arguments", "status", "message"),
     [
         (["--checkpoint", "nowhere/last.pt"], 1, "error: no checkpoint at nowhere/last.pt"),
+        (["--checkpoint", "docs"], 1, "error: no checkpoint at docs/last.pt"),
         (["--checkpoint", "README.md"], 1, "error: checkpoint README.md cannot be read"),
         (["--examples", "a.jpg"], 2, "error: --examples are published: say under what licence"),
         (["--licence", "CC BY 4.0"], 2, "error: --licence CC BY 4.0: the Hub's name is asked for"),
         (["--data", "docs"], 1, "error: no train_SIZE.beton in docs; name the run's folder of them with --data"),
         (["--out", "docs"], 2, "error: docs exists and is not an exported model; choose another --out"),
     ],
-    ids=["missing", "damaged", "examples", "licence", "data", "out"],
+    ids=["missing", "folder", "damaged", "examples", "licence", "data", "out"],
 )
 def test_refusals(arguments, status, message, tiny_checkpoint, tmp_path, monkeypatch, capsys):
     import tools.export_model as tool
