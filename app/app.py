@@ -9,7 +9,6 @@ tools/publish.py writes that file. Works without a network when the model is her
 import atexit
 import base64
 import errno
-import html
 import inspect
 import io
 import json
@@ -38,7 +37,7 @@ except OSError as problem:
 os.environ["GRADIO_TEMP_DIR"] = UPLOADS
 atexit.register(shutil.rmtree, UPLOADS, ignore_errors=True)
 
-from about import about, api_text, model_card, title  # noqa: E402
+from about import about, api_text, footer, model_card, page_settings, title  # noqa: E402
 from inference import MAX_BYTES, BadModel, Classifier, UnreadableImage  # noqa: E402
 from uploads import DELETE_AFTER, DELETE_EVERY, Gate, sent_bytes, sweep  # noqa: E402
 
@@ -47,6 +46,12 @@ TOP = 5
 BATCH = 24
 AT_ONCE = 2  # pictures being decoded, of all visitors together
 WAITING = 100  # requests; beyond that visitors are told to come back
+# In the place of Gradio's "Drop File Here", "Click to Upload" and a button's name that it has not translated.
+WORDS = {
+    "upload_text.drop_file": "Drop or paste pictures here",
+    "upload_text.click_to_upload": "Choose files",
+    "common.upload": "Add pictures",
+}
 PORT = 7860  # or the first after it that is free
 
 
@@ -62,12 +67,19 @@ def load_model():
     return Classifier(folder or from_hub())
 
 
+def pointer():
+    """What model.json beside this file names, as tools/publish.py writes it; nothing where it is not there."""
+    try:
+        return json.loads((HERE / "model.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def from_hub():
     """The folder of the model that model.json names, downloaded where it is not in the cache yet."""
     try:
-        named = json.loads((HERE / "model.json").read_text(encoding="utf-8"))
-        repo, revision, files = named["repo"], named["revision"], named["files"]
-    except (OSError, ValueError, KeyError):
+        repo, revision, files = POINTER["repo"], POINTER["revision"], POINTER["files"]
+    except KeyError:
         raise BadModel("no model: set MODEL_DIR to an exported one, or publish this with tools/publish.py") from None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -82,14 +94,6 @@ def from_hub():
         through = f" through {' and '.join(proxies())}" if proxies() else ""
         raise BadModel(f"cannot download {repo} at {revision}{through}: {reason}") from None
     return os.path.dirname(paths[files.index("config.json")])
-
-
-def in_browser():
-    """Address of the static Space with the same model, where model.json names one."""
-    try:
-        return json.loads((HERE / "model.json").read_text(encoding="utf-8")).get("browser")
-    except (OSError, ValueError):
-        return None
 
 
 @contextmanager
@@ -163,6 +167,7 @@ def free_ports():
     sys.exit(f"error: the page cannot be at {HOST}:{port}: {reason}")
 
 
+POINTER = pointer()
 HOST, ASKED_PORT = os.environ.get("GRADIO_SERVER_NAME") or "127.0.0.1", asked_port()
 if __name__ == "__main__":
     next(free_ports())  # or the end, before the rest takes its seconds
@@ -181,34 +186,54 @@ class Page(gr.Blocks):
     """
 
     async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
-        sent, block = inputs[0] if inputs else None, block_fn.inputs[0]
+        sent, block = inputs[0] if inputs else None, next(iter(block_fn.inputs), None)
         if isinstance(block, gr.Image | gr.File):
             return [sent]
-        if not isinstance(sent, int) or sent not in range(len(block.raw_samples)):
+        if not isinstance(sent, int) or sent not in range(len(getattr(block, "raw_samples", ()))):
             raise gr.Error("There is no such example.", print_exception=False)
         return [block.preprocess(sent)]
 
 
 def classify(sent):
-    if sent is None:
-        return EMPTY
-    try:
-        return result(MODEL.predict(sent_bytes(sent, UPLOADS)))
-    except UnreadableImage as problem:
-        return alert(problem)
+    """What page.js shows of a picture, or None where there is none."""
+    return None if sent is None else answer_to(sent)
 
 
 def classify_all(sent):
-    if not sent:
-        return NO_PICTURES
-    sent = sent if isinstance(sent, list) else [sent]
-    cards = [card(picture, place) for place, picture in enumerate(sent[:BATCH], 1)]
-    more = f"<p>Only the first {BATCH} are shown.</p>" if len(sent) > BATCH else ""
-    return f'<div class="rn50-cards" role="list">{"".join(cards)}</div>{more}'
+    """The same of each picture of a batch, with the path by which page.js knows it."""
+    if not isinstance(sent, list):
+        sent = [sent] if sent else []
+    return [answer_to(each) | {"path": path_of(each)} for each in sent[:BATCH]]
+
+
+def path_of(sent):
+    path = sent.get("path") if isinstance(sent, dict) else None
+    # a half of a surrogate pair cannot be sent back
+    return path.encode(errors="replace").decode() if isinstance(path, str) else None
+
+
+def answer_to(sent):
+    """Of a picture: {problem}, or what the network saw, the probabilities, and a map of where it looked for each class.
+
+    In base64: the probabilities are float32 [classes], the maps uint8 [classes, h, w], grid is [w, h].
+    """
+    try:
+        seen = MODEL.predict(sent_bytes(sent, UPLOADS))
+    except UnreadableImage as problem:
+        return {"problem": str(problem)}
+    maps = MODEL.activation_maps(seen.features)
+    return {
+        "shown": data_url(seen.shown),
+        "probabilities": in_base64(seen.probabilities.astype("<f4")),
+        "unsure": seen.unsure,
+        "grid": [maps.shape[2], maps.shape[1]],
+        "maps": in_base64((maps * 255).round().astype("uint8")),
+        "milliseconds": [f"{seen.decode_ms:.1f}", f"{seen.network_ms:.1f}"],
+    }
 
 
 def predict(image):
-    """{label, confidences: [{label, wnid, probability}], milliseconds, model} of one picture, for programs."""
+    """{label, unsure, confidences: [{label, wnid, probability}], milliseconds, model} of one picture, for programs."""
     try:
         seen = MODEL.predict(sent_bytes(image, UPLOADS))
     except UnreadableImage as problem:
@@ -216,6 +241,7 @@ def predict(image):
     top = seen.top(TOP)
     return {
         "label": MODEL.names[top[0]],
+        "unsure": seen.unsure,
         "confidences": [
             {
                 "label": MODEL.names[index],
@@ -229,74 +255,16 @@ def predict(image):
     }
 
 
-def alert(problem):
-    return f'<div class="rn50-alert" role="alert">{html.escape(str(problem))}</div>'
-
-
-def result(seen):
-    """HTML: what the network saw, with a map for every class that page.js draws over it, and the five best classes."""
-    maps = MODEL.activation_maps(seen.features)
-    grid = f"{maps.shape[2]}x{maps.shape[1]}"
-    encoded = base64.b64encode((maps * 255).round().astype("uint8").tobytes()).decode()
-    rows = "".join(
-        f'<label class="rn50-row"><input type="radio" name="rn50-class" value="{index}"{" checked" * (place == 0)}>'
-        f'<span class="rn50-name">{html.escape(MODEL.names[index])}</span>'
-        f'<span class="rn50-share">{percent(seen.probabilities[index])}</span>'
-        f'<span class="rn50-bar" aria-hidden="true"><span style="width:{100 * seen.probabilities[index]:.2f}%"></span>'
-        "</span></label>"
-        for place, index in enumerate(seen.top(TOP))
-    )
-    best = seen.top(1)[0]
-    return (
-        f'<div class="rn50-result" data-grid="{grid}" data-maps="{encoded}"><figure class="rn50-seen">'
-        f'<img src="{data_url(seen.shown)}" alt="The part of your picture that the network saw">'
-        '<canvas width="448" height="448" aria-hidden="true"></canvas>'
-        '<figcaption>Bright where it looked for <strong class="rn50-chosen"></strong></figcaption>'
-        '<label class="rn50-control">Strength of the heat map'
-        '<input type="range" class="rn50-opacity" min="0" max="100"></label>'
-        '<label class="rn50-control">Any other class<select class="rn50-any"></select></label></figure>'
-        f'<div><p class="rn50-best" role="status">{html.escape(MODEL.names[best])} '
-        f"<span>{percent(seen.probabilities[best])}</span></p>"
-        f'<fieldset class="rn50-rows"><legend>Choose a class to see where the network looked for it</legend>{rows}'
-        f'</fieldset><p class="rn50-latency">Decoding {seen.decode_ms:.1f} ms, network '
-        f"{seen.network_ms:.1f} ms</p></div></div>"
-    )
-
-
-def card(sent, place):
-    """HTML: a picture of a batch under its own name or, where it has none, its place."""
-    name = (isinstance(sent, dict) and sent.get("orig_name")) or f"Picture {place}"
-    name = html.escape(str(name)[:60].encode(errors="replace").decode())
-    try:
-        seen = MODEL.predict(sent_bytes(sent, UPLOADS))
-    except UnreadableImage as problem:
-        return f'<div class="rn50-card" role="listitem"><p class="rn50-file">{name}</p>{alert(problem)}</div>'
-    rows = "".join(
-        f"<li><span>{html.escape(MODEL.names[index])}</span> <span>{percent(seen.probabilities[index])}</span></li>"
-        for index in seen.top(3)
-    )
-    return (
-        f'<div class="rn50-card" role="listitem"><img src="{data_url(seen.shown)}" alt="{name}"><ol>{rows}</ol>'
-        f'<p class="rn50-file">{name}</p></div>'
-    )
-
-
-def percent(share):
-    return f"{100 * share:.1f} %"
-
-
 def data_url(picture):
     """In the page itself, so that no copy is on disk."""
     file = io.BytesIO()
     picture.save(file, "JPEG", quality=88)
-    return f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    return f"data:image/jpeg;base64,{in_base64(file.getvalue())}"
 
 
-EMPTY = (
-    '<div class="rn50-empty"><p>Choose, drop or paste a picture, or take one of the examples.</p>'
-    f"<p>You will see which of its {len(MODEL.labels)} classes the network takes it for, and where it looked.</p></div>"
-)
-NO_PICTURES = f'<div class="rn50-empty"><p>Up to {BATCH} pictures at a time.</p></div>'
+def in_base64(content):
+    """Of bytes or an array."""
+    return base64.b64encode(content).decode()
 
 
 def build(url):
@@ -310,34 +278,40 @@ def build(url):
         font_mono=["ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace"],
     )
     shared = {"concurrency_limit": AT_ONCE, "concurrency_id": "network"}
-    on_page = {**shared, "api_visibility": "private", "show_progress": "minimal"}
-    names = json.dumps(MODEL.names).replace("<", "\\u003c")
+    # page.js shows that it waits, and what comes
+    on_page = {**shared, "api_visibility": "private", "show_progress": "hidden"}
+    in_page = {"fn": None, "outputs": None, "api_visibility": "private"}
+    limit = f"{MAX_BYTES // 1_000_000} MB"
     with Page(title=CONFIG["name"], delete_cache=(DELETE_EVERY, DELETE_AFTER), analytics_enabled=False) as page:
-        gr.HTML(title(CONFIG, len(MODEL.labels), in_browser()))
-        with gr.Tab("Classify"):
-            with gr.Row(equal_height=False):
-                with gr.Column(scale=2, min_width=280):
-                    picture = gr.Image(
-                        label="Picture",
-                        sources=["upload", "clipboard"],
-                        buttons=[],
-                        height=300,
-                        elem_id="rn50-picture",
-                        alt_text="The picture that you chose",
-                    )
-                with gr.Column(scale=3, min_width=280):
-                    shown = gr.HTML(EMPTY, elem_id="rn50-shown")
-            if examples := [str(MODEL.folder / example["file"]) for example in CONFIG["examples"]]:
-                gr.Examples(examples, picture, cache_examples=False, label="Examples", api_visibility="private")
+        gr.HTML(title(CONFIG, len(MODEL.labels), POINTER.get("browser"), POINTER.get("repo")))
+        with gr.Tab("Classify"), gr.Row(equal_height=False, elem_id="rn50-classify"):
+            with gr.Column(scale=2, min_width=280):
+                picture = gr.Image(
+                    label="Picture",
+                    sources=["upload"],
+                    buttons=[],
+                    height=230,
+                    elem_id="rn50-picture",
+                    alt_text="The picture that you chose",
+                    placeholder=f"# Choose a picture\nor drop or paste one here, up to {limit}",
+                )
+                if examples := [str(MODEL.folder / example["file"]) for example in CONFIG["examples"]]:
+                    gr.Examples(examples, picture, cache_examples=False, label="Examples", api_visibility="private")
+            with gr.Column(scale=3, min_width=280):
+                gr.HTML('<div id="rn50-shown"></div>')
         with gr.Tab("Batch"):
             many = gr.File(
-                label=f"Pictures, up to {BATCH}",
+                label=f"Up to {BATCH} pictures at a time, {limit} each",
                 file_count="multiple",
                 file_types=["image"],
                 elem_id="rn50-pictures",
                 height=160,
             )
-            gallery = gr.HTML(NO_PICTURES, elem_id="rn50-gallery")
+            gr.HTML(
+                '<p id="rn50-after" hidden><span id="rn50-count" role="status"></span> '
+                '<button type="button" class="rn50-button" id="rn50-csv">Save as CSV</button></p>'
+                '<div id="rn50-gallery" class="rn50-cards" role="list" aria-label="Pictures" hidden></div>'
+            )
         with gr.Tab("About"):
             gr.HTML(about(CONFIG))
             gr.Markdown(model_card(MODEL.folder), elem_classes="rn50-text")
@@ -345,19 +319,23 @@ def build(url):
             gr.Markdown(api_text(url, TOP, MAX_BYTES), elem_classes="rn50-text", elem_id="rn50-api")
             sent, answer = gr.Image(visible=False), gr.JSON(visible=False)
             asked = gr.Button(visible=False)
-        gr.HTML(
-            '<p class="rn50-footer">Pictures are not kept: they are deleted within '
-            f"{DELETE_EVERY + DELETE_AFTER + 5} seconds.</p>"
-        )
-        picture.change(classify, picture, shown, **on_page)
-        many.change(classify_all, many, gallery, **on_page)
+        gone = DELETE_EVERY + DELETE_AFTER + 5
+        gr.HTML(footer(CONFIG, f"Pictures are not kept: they are deleted within {gone} seconds."))
+        one, all_of_them = gr.JSON(visible=False), gr.JSON(visible=False)
+        looked = picture.change(classify, picture, one, js="(picture) => rn50.ask(picture)", **on_page)
+        looked.success(inputs=one, js="(answer) => rn50.answered(answer)", **in_page)
+        looked.failure(inputs=None, js="() => rn50.unanswered()", **in_page)
+        went_through = many.change(classify_all, many, all_of_them, js="(files) => rn50.askMany(files)", **on_page)
+        went_through.success(inputs=all_of_them, js="(answers) => rn50.answeredMany(answers)", **in_page)
+        went_through.failure(inputs=None, js="() => rn50.answeredMany([])", **in_page)
         asked.click(predict, sent, answer, api_name="predict", **shared)
     page.queue(max_size=WAITING, api_open=False)  # nobody passes it by
     script = (HERE / "page.js").read_text(encoding="utf-8")
+    settings = page_settings(CONFIG, MODEL.names, batch=BATCH, limit=limit)
     return page, {
         "theme": theme,
         "css_paths": HERE / "page.css",
-        "head": f"<script>window.rn50Names = {names};\n{script}</script>",
+        "head": f"{settings}<script>{script}</script>",
     }
 
 
@@ -372,8 +350,10 @@ def launch(page, looks, port):
         share=False,
         show_error=False,
         enable_monitoring=False,
+        quiet=True,
         run_history=False,
         ssr_mode=False,
+        i18n=gr.I18n(en=WORDS),
         state_session_capacity=100,
         # Starlette unpacks its own Middleware to this
         app_kwargs={"middleware": [(Gate, (), {"folder": UPLOADS, "max_bytes": MAX_BYTES, "batch": BATCH})]},
@@ -382,7 +362,8 @@ def launch(page, looks, port):
 
 def main():
     # so that what atexit does is done
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(0))
     sys.stdout.reconfigure(line_buffering=True)  # its address is wanted in a log, too, while it runs
     global demo  # the name by which a Space finds the page to reload it
     space = os.environ.get("SPACE_HOST")
@@ -397,8 +378,8 @@ def main():
             if problem.errno:  # else another page has taken the port since it was looked at
                 sys.exit(f"error: the page at {url} did not start: {problem}")
     threading.Thread(target=sweep, args=(UPLOADS, examples), daemon=True).start()
-    if port != (ASKED_PORT or PORT):
-        print(f"port {PORT} is in use; the page is at {url}")
+    in_use = f"Port {PORT} is in use. " if port != (ASKED_PORT or PORT) else ""
+    print(f"Open https://{space} in a browser." if space else f"{in_use}Open {url} in a browser; Ctrl-C ends it.")
     demo.block_thread()
 
 

@@ -67,14 +67,12 @@ def site(model, *, repo=None, space_url=None):
     files[f"{network}.gz"] = gzip.compress((model / network).read_bytes(), mtime=0)
     runtimes = {where: RUNTIMES[where] for where in RUNTIMES if where == "wasm" or network == FOR_WEBGPU}
     files |= {name: HERE / name for pair in runtimes.values() for name in pair}
-    files["index.html"] = page(config, model, space_url).encode()
+    files["index.html"] = page(config, names, model, repo, space_url).encode()
     files["README.md"] = front_matter(config, repo)
     listed = {
         "name": config["name"],
         "preprocessing": config["preprocessing"],
-        "activation": config["activation"],
-        "names": names,
-        "wnids": [label["wnid"] for label in config["labels"]],
+        "probabilities": config["probabilities"],
         "kinds": [[pattern.pattern.decode("latin-1"), words] for pattern, words in pictures.KINDS],
         "network": checked(f"{network}.gz", files[f"{network}.gz"]),
         "runtimes": {
@@ -96,7 +94,7 @@ def checked(path, file):
     return {"path": path, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def page(config, model, space_url):
+def page(config, names, model, repo, space_url):
     """index.html, the template beside this file, filled in."""
     link = ""
     if space_url:
@@ -104,22 +102,22 @@ def page(config, model, space_url):
         words = "The same on a server, with an API for programs"
         link = f' <a href="{html.escape(space_url)}" target="_blank">{words}</a>.'
     examples = "".join(
-        f'<button type="button" class="rn50-example"><img src="{html.escape(example["file"])}" '
-        f'alt="Example {place}" loading="lazy"></button>'
-        for place, example in enumerate(config["examples"], 1)
+        f'<button type="button" class="rn50-example"><img src="{html.escape(example["file"])}" alt="" loading="lazy">'
+        f"{html.escape(name)}</button>"
+        for example, name in zip(config["examples"], about.example_names(config), strict=True)
     )
     if examples:
         examples = f'<div class="rn50-examples"><h2>Examples</h2><div>{examples}</div></div>'
-    classes = len(config["labels"])
     card = MarkdownIt().enable("table").render(about.model_card(model))
     return Template((HERE / "index.html").read_text(encoding="utf-8")).substitute(
         name=html.escape(config["name"]),
-        header=about.title(config, classes),
+        header=about.title(config, len(config["labels"]), model=repo),
+        settings=about.page_settings(config, names),
         link=link,
         examples=examples,
-        classes=classes,
         about=about.about(config),
         card=card,
+        footer=about.footer(config),
     )
 
 
@@ -191,7 +189,7 @@ def main():
     # so that its end by a signal is one without a traceback
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: sys.exit(0))
-    print(f"the page is at http://{host}:{port}", flush=True)
+    print(f"Open http://{host}:{port} in a browser; Ctrl-C ends it.", flush=True)
     serving.serve_forever()
 
 

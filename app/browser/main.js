@@ -1,24 +1,9 @@
-// The page: takes pictures, gives them to worker.js and shows its answers in the markup that page.js and page.css know.
+// The page: takes pictures, gives them to worker.js, and its answers to page.js, which shows them.
 import {Network} from "./network.js";
 
-const TOP = 5, CARD_TOP = 3;
+const {make, alertOf, replace, show, wait, addPicture, answerPicture, keepPictures} = window.rn50;
 
 const $ = (selector, within = document) => within.querySelector(selector);
-
-/** An element with properties and attributes: make("p", {className: "rn50-small", role: "status"}, children...). */
-function make(kind, properties = {}, ...children) {
-    const element = document.createElement(kind);
-    for (const [name, value] of Object.entries(properties)) {
-        if (name === "role" || name.startsWith("aria-")) element.setAttribute(name, value);
-        else element[name] = value;
-    }
-    element.append(...children);
-    return element;
-}
-
-function percent(share) {
-    return `${(100 * share).toFixed(1)} %`;
-}
 
 function megabytes(bytes) {
     return (bytes / 1e6).toFixed(1);
@@ -28,7 +13,7 @@ function megabytes(bytes) {
 
 const ALIKE = 0.01; // in probability
 
-let network, names, wnids, weight, threads, untried;
+let network, weight, threads, untried;
 
 function start() {
     $("#rn50-failed").replaceChildren();
@@ -37,8 +22,7 @@ function start() {
 }
 
 function ready(details) {
-    ({names, wnids, weight, threads} = details);
-    window.rn50Names = names; // page.js's menu
+    ({weight, threads} = details);
     $("#rn50-loading").hidden = true;
     // with JavaScript Promise Integration, which its runtime is built for
     untried = details.webgpu && navigator.gpu && "Suspending" in WebAssembly;
@@ -58,8 +42,8 @@ function failed(problem) {
     $("#rn50-failed").replaceChildren(alertOf(problem), again);
 }
 
-async function classify(file) {
-    const seen = await network.classify(file);
+export async function classify(file, options) {
+    const seen = await network.classify(file, options);
     if (untried) {
         untried = false;
         hasGraphicsProcessor().then((has) => has && tryGraphicsProcessor(file, seen));
@@ -91,14 +75,8 @@ export async function tryGraphicsProcessor(file, {probabilities, networkMs}) {
 
 // --- Answers ------------------------------------------------------------------------------------------------------
 
-/** Indices of the k most probable classes, the most probable first. */
-function best(probabilities, k) {
-    const order = Array.from(probabilities.keys()).sort((a, b) => probabilities[b] - probabilities[a] || a - b);
-    return order.slice(0, k);
-}
-
 /** Class activation map of one class (Zhou et al. 2016): bytes [h * w], its least value 0 and its largest 255. */
-function activationMap({data, shape: [channels, height, width]}, index) {
+export function activationMap({data, shape: [channels, height, width]}, index) {
     const map = new Float32Array(height * width);
     for (let c = 0; c < channels; c++) {
         const factor = weight[index * channels + c];
@@ -108,147 +86,81 @@ function activationMap({data, shape: [channels, height, width]}, index) {
     return Uint8Array.from(map, (value) => Math.round(255 * (value - low) / range));
 }
 
-function alertOf(problem) {
-    return make("div", {className: "rn50-alert", role: "alert", textContent: problem});
-}
-
-function row(index, probability, chosen) {
-    const radio = make("input", {type: "radio", name: "rn50-class", value: index});
-    radio.toggleAttribute("checked", chosen);
-    const bar = make("span", {className: "rn50-bar", "aria-hidden": "true"}, make("span"));
-    bar.firstChild.style.width = `${(100 * probability).toFixed(2)}%`;
-    return make("label", {className: "rn50-row"}, radio,
-        make("span", {className: "rn50-name", textContent: names[index]}),
-        make("span", {className: "rn50-share", textContent: percent(probability)}), bar);
-}
-
-/** What the network saw, with a map for every class that page.js draws over it, and the five best classes. */
-function result({probabilities, features, shown, decodeMs, networkMs, where}) {
-    const top = best(probabilities, TOP);
-    const status = make("p", {className: "rn50-best", role: "status"}, `${names[top[0]]} `,
-        make("span", {textContent: percent(probabilities[top[0]])}));
-    const canvas = make("canvas", {width: 448, height: 448, "aria-hidden": "true"});
-    const figure = make("figure", {className: "rn50-seen"},
-        make("img", {src: URL.createObjectURL(shown), alt: "The part of your picture that the network saw"}), canvas,
-        make("figcaption", {}, "Bright where it looked for ", make("strong", {className: "rn50-chosen"})),
-        make("label", {className: "rn50-control"}, "Strength of the heat map",
-            make("input", {type: "range", className: "rn50-opacity", min: 0, max: 100})),
-        make("label", {className: "rn50-control"}, "Any other class", make("select", {className: "rn50-any"})));
-    const rows = make("fieldset", {className: "rn50-rows"},
-        make("legend", {textContent: "Choose a class to see where the network looked for it"}),
-        ...top.map((index, place) => row(index, probabilities[index], place === 0)));
+/** The answer to a file as page.js shows it: without maps where they are not wanted. */
+async function answerTo(file, {maps = true} = {}) {
+    let seen;
+    try {
+        seen = await classify(file, {features: maps});
+    } catch (problem) {
+        return {problem: problem.message};
+    }
+    const {probabilities, unsure, features, decodeMs, networkMs, where} = seen;
+    const shown = URL.createObjectURL(seen.shown);
+    if (!maps) return {probabilities, unsure, shown};
     const machine = threads > 1 ? `${threads} threads of your machine` : "your machine";
     const on = where === "webgpu" ? "your graphics processor" : machine;
-    const latency = make("p", {className: "rn50-latency",
-        textContent: `Decoding ${decodeMs.toFixed(1)} ms, network ${networkMs.toFixed(1)} ms, on ${on}`});
-    const whole = make("div", {className: "rn50-result"}, figure, make("div", {}, status, rows, latency));
-    whole.dataset.grid = `${features.shape[2]}x${features.shape[1]}`;
-    whole.activationMap = (index) => activationMap(features, index);
-    return whole;
+    return {
+        probabilities,
+        unsure,
+        shown,
+        grid: [features.shape[2], features.shape[1]],
+        map: (index) => activationMap(features, index),
+        latency: `Decoding ${decodeMs.toFixed(1)} ms, network ${networkMs.toFixed(1)} ms, on ${on}`,
+        whole: () => whole(file),
+    };
 }
 
-function card(name, content) {
-    return make("div", {className: "rn50-card", role: "listitem"}, ...content,
-        make("p", {className: "rn50-file", textContent: name}));
-}
-
-function seenCard(name, {probabilities, shown}) {
-    const rows = best(probabilities, CARD_TOP).map((index) => make("li", {},
-        make("span", {textContent: names[index]}), " ", make("span", {textContent: percent(probabilities[index])})));
-    return card(name, [make("img", {src: URL.createObjectURL(shown), alt: name}), make("ol", {}, ...rows)]);
+/** Promise of the whole picture as an <img>, or of null where the browser does not decode it by itself. */
+async function whole(file) {
+    const picture = new Image(), address = URL.createObjectURL(file);
+    picture.src = address;
+    try {
+        await picture.decode();
+        return picture;
+    } catch {
+        return null;
+    } finally {
+        URL.revokeObjectURL(address);
+    }
 }
 
 // --- One picture --------------------------------------------------------------------------------------------------
 
-/** Put children in the place of what is there, whose pictures are let go. */
-function replace(place, ...children) {
-    for (const image of place.querySelectorAll("img[src^='blob:']")) URL.revokeObjectURL(image.src);
-    place.replaceChildren(...children);
-}
-
 let newest = 0;
 
-async function show(file) {
-    const turn = ++newest, place = $("#rn50-shown");
-    replace(place, make("p", {className: "rn50-empty", textContent: "Looking at it …"}));
-    let answer;
-    try {
-        answer = result(await classify(file));
-    } catch (problem) {
-        answer = alertOf(problem.message);
-    }
-    if (turn !== newest) return;
-    replace(place, answer);
-    place.scrollIntoView({block: "nearest"}); // below the examples, on a phone
+async function take(file) {
+    const turn = ++newest;
+    wait();
+    const answer = await answerTo(file);
+    if (turn === newest) show(answer);
 }
 
-async function showExample(address) {
+async function takeExample(address) {
     try {
-        await show(await (await fetch(address)).blob());
+        await take(await (await fetch(address)).blob());
     } catch {
-        replace($("#rn50-shown"), alertOf("The example could not be loaded: is there a connection?"));
+        show({problem: "The example could not be loaded: is there a connection?"});
     }
 }
 
 // --- Many pictures ------------------------------------------------------------------------------------------------
 
-const lines = [];
-let left = 0, batch = 0;
+let batch = 0;
 
-async function showAll(files) {
-    const mine = batch, gallery = $("#rn50-gallery");
-    if (!lines.length && !left) replace(gallery);
-    const places = files.map((file) => card(file.name, [make("p", {textContent: "Waiting"})]));
-    gallery.append(...places);
-    left += files.length;
-    count();
+async function takeMany(files) {
+    const mine = batch;
+    const pictures = files.map((file) => addPicture({name: file.name, closer: () => answerTo(file)}));
     // not all at once: each would be held in memory while it waits
     for (const [k, file] of files.entries()) {
-        let answer, line;
-        try {
-            const seen = await classify(file);
-            if (mine !== batch) return;
-            answer = seenCard(file.name, seen);
-            line = best(seen.probabilities, TOP).flatMap((index) =>
-                [wnids[index], names[index], seen.probabilities[index].toFixed(6)]);
-        } catch (problem) {
-            if (mine !== batch) return;
-            answer = card(file.name, [alertOf(problem.message)]);
-            line = [problem.message];
-        }
-        places[k].replaceWith(answer);
-        lines.push([file.name, ...line]);
-        left--;
-        count();
+        const answer = await answerTo(file, {maps: false});
+        if (mine !== batch) return;
+        answerPicture(pictures[k], answer);
     }
-}
-
-function count() {
-    const all = lines.length + left;
-    $("#rn50-count").textContent = left ? `${lines.length} of ${all}` : `${all} ${all === 1 ? "picture" : "pictures"}`;
-    for (const place of ["#rn50-after", "#rn50-gallery"]) $(place).hidden = !all;
-    $("#rn50-csv").disabled = !lines.length;
 }
 
 function clear() {
     batch++;
-    left = lines.length = 0;
-    replace($("#rn50-gallery"));
-    count();
-}
-
-/** RFC 4180; what a spreadsheet would take for a formula begins with an apostrophe. */
-function csv() {
-    const places = Array.from({length: TOP}, (_, k) => k + 1);
-    const head = ["file", ...places.flatMap((k) => [`wnid_${k}`, `class_${k}`, `probability_${k}`])];
-    const quoted = (text) => `"${String(text).replace(/^[=+\-@\t\r]/, "'$&").replaceAll('"', '""')}"`;
-    return [head, ...lines].map((line) => line.map(quoted).join(",") + "\r\n").join("");
-}
-
-function saveCsv() {
-    const address = URL.createObjectURL(new Blob([csv()], {type: "text/csv"}));
-    make("a", {href: address, download: "classes.csv"}).click();
-    setTimeout(() => URL.revokeObjectURL(address), 10_000);
+    keepPictures(() => false);
 }
 
 // --- What people do -----------------------------------------------------------------------------------------------
@@ -279,7 +191,7 @@ function listen() {
             next.focus();
         });
     }
-    const taken = {"rn50-picture": ([file]) => show(file), "rn50-pictures": showAll};
+    const taken = {"rn50-picture": ([file]) => take(file), "rn50-pictures": takeMany};
     for (const [id, take] of Object.entries(taken)) {
         const place = $(`#${id}`);
         for (const input of place.querySelectorAll("input[type=file]")) {
@@ -301,9 +213,8 @@ function listen() {
     // a picture that misses its place would be opened in the place of the page
     for (const kind of ["dragover", "drop"]) addEventListener(kind, (event) => event.preventDefault());
     for (const button of document.querySelectorAll(".rn50-example")) {
-        button.addEventListener("click", () => showExample($("img", button).src));
+        button.addEventListener("click", () => takeExample($("img", button).src));
     }
-    $("#rn50-csv").addEventListener("click", saveCsv);
     $("#rn50-clear").addEventListener("click", clear);
 }
 

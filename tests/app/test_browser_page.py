@@ -2,10 +2,9 @@
 
 import base64
 import contextlib
-import csv
-import io
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,9 +23,21 @@ from tests.services import OPENER
 pytest.importorskip("selenium")
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import Select
 
-from tests.app.visitor import assert_accessible, copy, drawn, drop, find, press_paste, shape, start_browser, tab, wait
+from tests.app.visitor import (
+    assert_accessible,
+    choose_other,
+    copy,
+    drawn,
+    drop,
+    find,
+    press_paste,
+    shape,
+    start_browser,
+    tab,
+    table,
+    wait,
+)
 
 sys.path.insert(0, str(ROOT / "app/browser"))
 import build
@@ -127,10 +138,11 @@ def page(served, browser):
 
 @pytest.fixture(scope="module")
 def known(textures, classifier):
-    """(file, label, the prediction in Python) of pictures of several classes."""
-    paths = sorted(textures.glob("val/*/0001.jpg"))[:6]
-    seen = [classifier.predict(path.read_bytes()) for path in paths]
-    return [(path, classifier.names[one.top(1)[0]], one) for path, one in zip(paths, seen, strict=True)]
+    """(file, label, the prediction in Python) of pictures that the network is sure of, of several classes."""
+    paths = sorted(textures.glob("val/*/000[1-9].jpg"))
+    seen = [(path, classifier.predict(path.read_bytes())) for path in paths]
+    sure = [(path, classifier.names[one.top(1)[0]], one) for path, one in seen if not one.unsure]
+    return list({label: (path, label, one) for path, label, one in sure}.values())[:6]
 
 
 def rows(browser):
@@ -150,16 +162,25 @@ def test_a_picture_gets_pythons_classes_and_a_heat_map_for_the_chosen_one(page, 
     assert np.allclose([share for _, share in rows(page)], 100 * expected.probabilities[top], atol=0.1)
     page.find_elements(By.CSS_SELECTOR, ".rn50-row input")[0].send_keys(Keys.ARROW_DOWN)
     assert drawn(page)[0] == top[1]
-    Select(find(page, ".rn50-any")).select_by_visible_text("zigzag")
-    assert drawn(page)[0] == 9
-    assert page.find_element(By.CSS_SELECTOR, ".rn50-chosen").text == "zigzag"
-    map_of = "return Array.from(document.querySelector('.rn50-result').activationMap(arguments[0]))"
-    maps = classifier.activation_maps(expected.features, [top[0], 9]).reshape(2, -1)
-    shown = [page.execute_script(map_of, k) for k in (top[0], 9)]
+    sixth = expected.top(6)[5]
+    choose_other(page, classifier.names[sixth])
+    assert drawn(page)[0] == sixth
+    assert page.find_element(By.CSS_SELECTOR, ".rn50-chosen").text == classifier.names[sixth]
+    assert "The network saw the square" in find(page, ".rn50-square:has(canvas)").text
+    maps_of = """const [picture, indices, done] = arguments;
+        const file = new Blob([Uint8Array.from(atob(picture), (c) => c.charCodeAt(0))]);
+        import("./main.js").then(async ({classify, activationMap}) => {
+            const {features} = await classify(file);
+            done(indices.map((index) => Array.from(activationMap(features, index))));
+        });"""
+    maps = classifier.activation_maps(expected.features, [top[0], sixth]).reshape(2, -1)
+    shown = page.execute_async_script(maps_of, base64.b64encode(path.read_bytes()).decode(), [top[0], sixth])
     assert np.abs(np.array(shown) - 255 * maps).max() < 3
 
 
 def test_examples_drops_and_pastes_are_answered(page, served, known):
+    assert "It knows 10 classes: bricks, cells, " in find(page, "#rn50-shown").text
+    assert find(page, ".rn50-example").text == "0000"
     find(page, ".rn50-example").click()
     assert "%" in find(page, ".rn50-best").text
     path, label, _ = known[1]
@@ -205,19 +226,45 @@ def test_a_hundred_pictures_do_not_hold_up_the_page_and_go_into_a_csv(page, know
     assert len(cards) == len(pictures)
     assert cards[0].find_element(By.CSS_SELECTOR, "[role=alert]").text == "The file is text, not a picture."
     assert cards[2].find_element(By.TAG_NAME, "li").text.startswith(known[0][1])
-    page.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
-    find(page, "#rn50-csv").click()
-    wait(page, lambda: (tmp_path / "classes.csv").exists())
-    table = list(csv.reader(io.StringIO((tmp_path / "classes.csv").read_text())))
-    assert table[0][:5] == ["file", "wnid_1", "class_1", "probability_1", "wnid_2"]
-    assert table[1] == ["broken.jpg", "The file is text, not a picture."]
-    assert table[2][0] == "'=1+1, formula.jpg"
-    for (path, label, expected), line in zip(known, table[3:], strict=False):
+    head, *lines = table(page, tmp_path)
+    assert [*head[:5], head[16]] == ["file", "wnid_1", "class_1", "probability_1", "wnid_2", "unsure"]
+    assert lines[0] == ["broken.jpg", "The file is text, not a picture."]
+    assert lines[1][0] == "'=1+1, formula.jpg"
+    for (path, label, expected), line in zip(known, lines[2:], strict=False):
         assert line[0] == path.name
         assert line[2] == label
         assert float(line[3]) == pytest.approx(expected.probabilities.max(), abs=1e-3)
+        assert line[16] == str(expected.unsure).lower()
+    cards[2].find_element(By.TAG_NAME, "button").click()
+    assert find(page, "dialog .rn50-best").text.startswith(known[0][1])
+    assert_accessible(page, "A picture of a batch")
+    find(page, "dialog .rn50-button").click()
     find(page, "#rn50-clear").click()
     assert not page.find_elements(By.CSS_SELECTOR, ".rn50-card")
+
+
+def test_an_unsure_answer_says_so_and_what_is_not_seen_has_no_map(page, tmp_path):
+    page.execute_script(
+        """const probabilities = Float32Array.from([0.3, 0.25, 0.2, 0.1, 0.1, 0.0498, 0.0001, 0.0001, 0, 0]);
+        const map = () => Uint8Array.from([0, 85, 170, 255]);
+        const answer = {probabilities, unsure: true, shown: "data:,", grid: [2, 2], latency: "", map};
+        rn50.show(answer);
+        rn50.answerPicture(rn50.addPicture({name: "odd.jpg"}), answer);"""
+    )
+    assert find(page, ".rn50-best").text == "Unsure\nclosest: bricks, 30.0 %"
+    assert "It knows only these 10 classes: bricks, cells, " in find(page, ".rn50-result").text
+    assert find(page, ".rn50-legend").text == "less\nmore\n(a map of only 2 × 2 cells)"
+    choose_other(page, "zigzag")
+    assert find(page, ".rn50-seen figcaption").text == "It sees next to nothing of zigzag here (0.0 %): no map."
+    assert not find(page, ".rn50-legend").is_displayed()
+    blank = "return document.querySelector('.rn50-seen canvas').getContext('2d').getImageData(0, 0, 448, 448).data"
+    assert not any(page.execute_script(f"{blank}.slice(0, 4000)"))
+    find(page, ".rn50-row").click()
+    assert "Bright where it looked for bricks" in find(page, ".rn50-seen figcaption").text
+    assert any(page.execute_script(f"{blank}.slice(0, 4000)"))
+    tab(page, "Batch")
+    assert find(page, ".rn50-card").text.startswith("odd.jpg\nUnsure; closest:\nbricks")
+    assert table(page, tmp_path)[1][-1] == "true"
 
 
 def test_about_has_figures_curve_and_card(page):
@@ -234,6 +281,7 @@ def test_accessibility_and_phone(served, browser, known, theme):
     find(browser, PICTURE).send_keys(str(known[0][0]))
     drawn(browser)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 390
+    find(browser, ".rn50-all summary").click()
     assert_accessible(browser, "Classify on a phone")
     for name in ("Batch", "About"):
         tab(browser, name)
@@ -464,7 +512,7 @@ def test_app_sh_serves_it_and_ends_by_a_signal(model, tmp_path):
     assert done.stderr.startswith(f"error: the page cannot be at 127.0.0.1:{port}: Address already in use;")
     running = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        url = running.stdout.readline().removeprefix("the page is at ").strip()
+        url = re.fullmatch("Open (.*) in a browser; Ctrl-C ends it.\n", running.stdout.readline())[1]
         with OPENER.open(url, timeout=20) as answer:
             assert b"<title>tiny</title>" in answer.read()
             assert answer.headers["cross-origin-embedder-policy"] == "require-corp"

@@ -1,6 +1,7 @@
 """Headless Chromium and what a visitor does in it, for the tests of both pages."""
 
 import base64
+import csv
 import io
 
 import pytest
@@ -56,6 +57,22 @@ def drawn(browser):
     """(class that the heat map is of, its pixels)."""
     canvas = find(browser, ".rn50-seen canvas[data-drawn]")
     return int(canvas.get_attribute("data-drawn")), browser.execute_script("return arguments[0].toDataURL()", canvas)
+
+
+def choose_other(browser, wanted):
+    """Take a class that is not among the best, for which the list of all others is searched."""
+    find(browser, ".rn50-all summary").click()
+    find(browser, ".rn50-all input").send_keys(wanted.upper())
+    [row] = [row for row in browser.find_elements(By.CSS_SELECTOR, ".rn50-list .rn50-row") if row.is_displayed()]
+    row.click()
+
+
+def table(browser, folder):
+    """The lines of the batch's CSV, which is saved into a folder."""
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
+    find(browser, "#rn50-csv").click()
+    wait(browser, lambda: (folder / "classes.csv").exists())
+    return list(csv.reader(io.StringIO((folder / "classes.csv").read_text())))
 
 
 def drop(browser, target, path):
