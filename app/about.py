@@ -159,7 +159,7 @@ def model_card(folder):
     return body.lstrip().split("\n", 1)[1] if body.lstrip().startswith("# ") else body
 
 
-def api_text(url, top, max_bytes, config=None):
+def api_text(url, top, max_bytes, config):
     """Markdown: how programs ask the page at `url` for the `top` most probable classes. max_bytes: of one picture."""
     return f"""Each picture gives its {top} most probable classes as JSON. It is sent as an upload, as below, or
 in its place as a data URI (`"data:image/jpeg;base64,..."`), and has up to {max_bytes // 1_000_000} MB; links are not
@@ -213,7 +213,7 @@ EVENT=$(curl -sf "$API/call/predict" \\
   cut -d '"' -f 4)
 curl -sfN "$API/call/predict/$EVENT"
 ```
-{sample_answer(config, top) if config else ""}"""
+{sample_answer(config, top)}"""
 
 
 def sample_answer(config, top):

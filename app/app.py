@@ -316,7 +316,7 @@ def build(url):
             gr.HTML(about(CONFIG))
             gr.Markdown(model_card(MODEL.folder), elem_classes="rn50-text")
         with gr.Tab("API"):
-            gr.Markdown(api_text(url, TOP, MAX_BYTES), elem_classes="rn50-text", elem_id="rn50-api")
+            gr.Markdown(api_text(url, TOP, MAX_BYTES, CONFIG), elem_classes="rn50-text", elem_id="rn50-api")
             sent, answer = gr.Image(visible=False), gr.JSON(visible=False)
             asked = gr.Button(visible=False)
         gone = DELETE_EVERY + DELETE_AFTER + 5

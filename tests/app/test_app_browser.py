@@ -191,9 +191,11 @@ def test_about_has_accuracy_cost_curve_and_card_and_api_has_examples(page):
     assert "top-1 (95 %:" in text
     assert "of training" in text
     panel = page.find_element(By.CSS_SELECTOR, "[role=tabpanel]:not([style*=none])")
-    wait(page, lambda: "seconds of training on" in panel.text)
+    wait(page, lambda: "of training on" in panel.text)
     tab(page, "API")
-    assert "client.predict(handle_file(" in wait(page, lambda: page.find_element(By.ID, "rn50-api").text)
+    text = wait(page, lambda: page.find_element(By.ID, "rn50-api").text)
+    assert "client.predict(handle_file(" in text
+    assert '"unsure": false' in text
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

@@ -382,14 +382,15 @@ def test_a_browser_without_webassembly_is_told_so(served):
 
 @pytest.fixture(scope="module")
 def small(model, tmp_path_factory):
-    """The exported model with a convolution and a classifier in the place of its network, as if trained by BCE."""
+    """The exported model with a convolution and a classifier in the place of its network, and a temperature."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     folder, rng = tmp_path_factory.mktemp("small") / "model", np.random.default_rng(0)
     shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.onnx", "*.safetensors"))
     config = json.loads((folder / "config.json").read_text())
-    config |= {"network": build.FOR_WEBGPU, "activation": "sigmoid"}
+    config["network"] = build.FOR_WEBGPU
+    config["probabilities"]["temperature"] = 0.7
     config["browser"]["network"] = build.FOR_WEBGPU
     (folder / "config.json").write_text(json.dumps(config))
     shapes = {"kernel": (16, 3, 8, 8), "weight": (10, 16)}
