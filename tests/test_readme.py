@@ -49,6 +49,7 @@ RUN_BY = {
     "test_readme.py::test_the_demo_goes_from_photographs_to_an_exported_network": [
         "DATA=imagenette bash tools/demo.sh"
     ],
+    "test_readme.py::test_linters_and_tests_are_run": ["bash tools/test.sh"],
     "test_readme.py::test_from_images_to_a_model": [
         ".venv/bin/python write_dataset.py --config-file rn50_configs/write_imagenet.yaml "
         "--source.dir=IMAGENET --out.dir=/data/betons",

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rn50 import recipe
+from rn50 import augment, recipe
 from rn50.command import run
 from rn50.learner import Learner
 from rn50.planning import budget, costs
@@ -47,7 +47,7 @@ CARDS = {
 # Assumed: CUDA's context, cuDNN's workspaces, batches under way, and what the allocator holds without using it.
 UNSEEN_GIB = 1.5
 GIB = 2**30
-FAKE = FakeTensorMode()  # one for all: rn50.augment keeps the channels' means, which belong to a mode
+FAKE = FakeTensorMode()
 
 
 class Living(TorchDispatchMode):
@@ -119,12 +119,16 @@ def step_gib(learner, images, px, *, climb=False):
     """GiB that a forward and a backward pass of `images` at `px` pixels take at most, gradients included."""
     with FakeCopyMode(FAKE):
         network = copy.deepcopy(learner.network).train()
-    with FAKE, Living() as living:
-        pixels = torch.zeros(images, px, px, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        labels = torch.zeros(images, dtype=torch.int64)
-        share = learner.cfg.training.mixup
-        for _ in range(2):  # the second has the first one's gradients beside it
-            learner.forward_backward(pixels, labels, 1, share=share, climb=climb, model=network)
+    augment._of_channels.cache_clear()  # it keeps the channels' means, which here are fake and elsewhere are not
+    try:
+        with FAKE, Living() as living:
+            pixels = torch.zeros(images, px, px, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+            labels = torch.zeros(images, dtype=torch.int64)
+            share = learner.cfg.training.mixup
+            for _ in range(2):  # the second has the first one's gradients beside it
+                learner.forward_backward(pixels, labels, 1, share=share, climb=climb, model=network)
+    finally:
+        augment._of_channels.cache_clear()
     return living.peak / GIB
 
 

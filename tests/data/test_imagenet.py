@@ -207,7 +207,7 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(forms, expected, fo
     def convert_once(workers, stop_after):
         job = write_dataset.plan(settings(forms[form], tmp_path), "train")
         monkeypatch.setattr(write_dataset, "show_progress", lambda samples, *rest: cut(samples, stop_after))
-        write_dataset.convert(job, workers=workers, skip_corrupt=False)
+        write_dataset.convert(job, workers=workers, skip_corrupt=False, later={})
 
     def cut(samples, stop_after):
         yield from itertools.islice(samples, stop_after)

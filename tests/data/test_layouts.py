@@ -213,7 +213,7 @@ def test_flat_images_and_inner_tars_become_the_same_betons(made, tmp_path):
     for source, out in ((made / "tree", tmp_path / "expected"), (root, tmp_path / "made")):
         for split in ("train", "val"):
             job = write_dataset.plan(settings(source, out), split)
-            write_dataset.convert(job, workers=1, skip_corrupt=False)
+            write_dataset.convert(job, workers=1, skip_corrupt=False, later={})
     for name in ("train_48.beton", "val_70.beton"):
         assert (tmp_path / "made" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
         assert verify(tmp_path / "made" / name)[1] == []

@@ -130,7 +130,8 @@ def test_eval_only_of_a_pickled_module_is_one_line(network, betons, tmp_path):
     flags = {"training__eval_only": "true", "training__checkpoint": tmp_path / "module.pt"}
     with Command(betons, tmp_path, **flags) as command:
         assert command.end() == 1
-    (line,) = command.output().splitlines()
+    loading, line = command.output().splitlines()
+    assert loading == "loading ..."
     assert line.startswith(
         f"error: checkpoint {tmp_path}/module.pt cannot be read: it is a pickled module, not a check"
     )
