@@ -18,6 +18,7 @@ fi
 if command -v shellcheck >/dev/null; then
     shellcheck tools/*.sh rn50/cloud/*.sh studies/*/*.sh .ci/run
 fi
-# Two tests at a time on two cores; each alone would wait for processes much of its time.
+# More tests at a time than there are cores, for they wait for processes much of their time; memory is for four.
+workers=$(($(nproc) + 1))
 export OMP_NUM_THREADS=1
-exec .venv/bin/python -m pytest -q -n auto --maxprocesses=4 --dist=loadfile --no-loadscope-reorder "$@"
+exec .venv/bin/python -m pytest -q -n "$((workers < 4 ? workers : 4))" --dist=loadfile --no-loadscope-reorder "$@"
