@@ -31,6 +31,7 @@ from rn50.data.listing import describe
 from rn50.data.sources import open_source, split_classes, split_of
 from rn50.data.writer import LadderWriter, disk_errors
 from rn50.errors import RunError, UsageError
+from rn50.words import duration
 
 ABOUT = """
 Usage:
@@ -150,7 +151,7 @@ def preflight(jobs, folder, workers):
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
     free = shutil.disk_usage(existing).free
-    print(f"about {_bytes(max(needed, 0))} still to write, {_bytes(free)} free; about {_duration(seconds)} "
+    print(f"about {_bytes(max(needed, 0))} still to write, {_bytes(free)} free; about {duration(seconds)} "
           f"with {workers} workers", flush=True)  # fmt: skip
     if needed * 1.05 > free:
         raise RunError(f"{folder} has {_bytes(free)} free and the files need about {_bytes(needed * 1.05)}; make room, "
@@ -257,10 +258,10 @@ def show_progress(samples, split, done, total, later):
             if now - said < (1 if not bar.disable else 10) and done + k < total:
                 continue
             said, rate, left = now, k / (now - started), total - done - k
-            whole = f"{_duration((left + sum(later.values())) / rate)} left with {', '.join(later)}" if later else ""
+            whole = f"{duration((left + sum(later.values())) / rate)} left with {', '.join(later)}" if later else ""
             bar.set_postfix_str(whole)
             if bar.disable:
-                text = f"{split}: {done + k}/{total} images, {rate:.0f} images/s, {_duration(left / rate)} left"
+                text = f"{split}: {done + k}/{total} images, {rate:.0f} images/s, {duration(left / rate)} left"
                 print(f"{text} ({whole})" if later else text, file=sys.stderr, flush=True)
 
 
@@ -341,11 +342,6 @@ def _bytes(count):
         if count < 1000 or unit == "GB":
             return f"{count:.0f} {unit}" if unit == "bytes" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
-
-
-def _duration(seconds):
-    minutes = seconds / 60
-    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 if __name__ == "__main__":

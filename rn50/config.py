@@ -7,7 +7,6 @@ one line and exit status 2 (`UsageError`).
 
 import difflib
 import math
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +18,7 @@ from fastargs.validation import Checker
 from rn50.errors import UsageError
 from rn50.files import expanded, file_of_run
 from rn50.help import columns, entry, wrapped
+from rn50.words import from_here
 
 FOLDER = Path(__file__).resolve().parents[1] / "rn50_configs"
 # Which script a section of settings belongs to, where it is given to the other one.
@@ -332,8 +332,7 @@ def recipes():
 
 def shown(name):
     """Path of rn50_configs/{name}.yaml as it is typed in this folder."""
-    path = FOLDER / f"{name}.yaml"
-    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
+    return from_here(FOLDER / f"{name}.yaml")
 
 
 def _natural(name):

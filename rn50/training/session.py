@@ -25,8 +25,9 @@ from rn50.planning.forecast import forecast, label_warnings
 from rn50.precision import dtype_name
 from rn50.training import checkpoint, distributed, interruption
 from rn50.training.mirror import Mirror
-from rn50.training.progress import Console, Progress, Stopwatch, Waiting, counted, duration, folded, moment
+from rn50.training.progress import Console, Progress, Stopwatch, Waiting, folded
 from rn50.training.run_folder import Claim, RunLog, describe_environment, make_folder, recorded
+from rn50.words import counted, duration, from_here, moment
 
 # Seconds that a finished run waits for room on a full disk, and one that fails for the checkpoint it is writing.
 DISK_PATIENCE, FAILURE_PATIENCE = 600.0, 30.0
@@ -564,9 +565,9 @@ class Session:
         self._say_next(
             "plot its curves, evaluate it again, export it",
             [
-                _command(_shown(ROOT / "tools" / "compare_runs.py"), self.folder, "--out", "curves.png"),
+                _command(from_here(ROOT / "tools" / "compare_runs.py"), self.folder, "--out", "curves.png"),
                 _command(sys.argv[0], "--config-file", self.folder, "--training.eval_only=true"),
-                _command(_shown(ROOT / "tools" / "export_model.py"), "--checkpoint", self.folder, "--out", "model/"),
+                _command(from_here(ROOT / "tools" / "export_model.py"), "--checkpoint", self.folder, "--out", "model/"),
             ],
         )
 
@@ -582,12 +583,6 @@ def _waits(share):
 def _command(*words):
     """A line for the shell that runs a script, the first of `words`, as this one was started."""
     return shlex.join(map(str, (sys.orig_argv[0], *words)))
-
-
-def _shown(path):
-    """`path` as it is from the working directory where it is below that."""
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _tolerant(say):

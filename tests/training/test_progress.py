@@ -13,7 +13,7 @@ import torch
 
 from rn50.planning import budget
 from rn50.training import progress
-from rn50.training.progress import Console, Progress, Waiting, counted, duration, fitted, folded, moment
+from rn50.training.progress import Console, Progress, Waiting, fitted, folded
 
 PARTS = {
     "what": "epoch 3/80",
@@ -108,27 +108,6 @@ def test_without_a_terminal_the_line_is_printed_when_nothing_was_for_a_minute(mo
             console.say("a warning")
     assert said == [" · ".join(PARTS.values()), "a warning"]
     assert sys.stderr.getvalue() == ""
-
-
-def test_moments_and_numbers_in_words(monkeypatch):
-    monkeypatch.setattr(time, "time", lambda: 1_796_300_000.0)
-    monkeypatch.setattr(time, "localtime", time.gmtime)
-    assert [moment(seconds) for seconds in (0, 61, 59 * 60)] == ["in 1 min", "in 2 min", "in 59 min"]
-    assert moment(59 * 60 + 1) == "Thu 13:12"
-    assert moment(5 * 86400) == "Tue 12:13"
-    assert moment(6 * 86400) == "9 Dec"
-    assert [duration(seconds) for seconds in (0.4, 119, 120, 7199, 7200)] == [
-        "0 s",
-        "119 s",
-        "2 min",
-        "120 min",
-        "2.0 h",
-    ]
-    assert [counted(1, "class"), counted(1000, "class"), counted(2, "epoch")] == [
-        "1 class",
-        "1,000 classes",
-        "2 epochs",
-    ]
 
 
 def test_the_first_step_of_an_epoch_says_nothing_of_the_rest():
