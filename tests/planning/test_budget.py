@@ -55,6 +55,8 @@ def test_the_meter_counts_from_the_start_of_the_process_and_what_either_file_kno
     again = budget.Meter(tmp_path, dollars_per_hour=3600, max_dollars=kept + age + 130, before=10.0)
     assert again.dollars >= kept + age
     assert not again.spent()
+    assert again.seconds_left() == pytest.approx(130 - budget.STOP_SECONDS, abs=1)
+    assert meter.seconds_left() == float("inf")
     again.max_dollars = again.dollars + budget.STOP_SECONDS
     assert again.spent()
     for number, damaged in enumerate(("", "{", '{"dollars": null}', '{"dollars": NaN}', "[]")):

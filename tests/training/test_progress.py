@@ -7,6 +7,7 @@ import select
 import sys
 import termios
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch
 from rn50.planning import budget
 from rn50.training import progress
 from rn50.training.progress import Console, Progress, Waiting, fitted, folded
+from rn50.training.session import Session
 
 PARTS = {
     "what": "epoch 3/80",
@@ -129,6 +131,15 @@ def test_the_first_step_of_an_epoch_says_nothing_of_the_rest():
     done.rows.append({"epoch": 0, "resolution": 64, "train_seconds": 150.0, "val_seconds": 0.0})
     done.next_epoch()
     assert pace.seconds_to_finish() == pytest.approx(150)
+
+
+def test_the_line_says_when_the_money_ends_where_that_comes_first():
+    run = SimpleNamespace(pace=SimpleNamespace(seconds_to_finish=lambda: 600), guard=None)
+    assert Session._end(run) == "ends in 10 min"
+    run.guard = SimpleNamespace(seconds_left=lambda: 660)
+    assert Session._end(run) == "ends in 10 min"
+    run.guard = SimpleNamespace(seconds_left=lambda: 300)
+    assert Session._end(run) == "money ends in 5 min"
 
 
 # --- Waiting for data: on a CPU the time of the call, on a GPU the time that it had nothing to do --------------------
