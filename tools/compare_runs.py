@@ -20,6 +20,7 @@ from rn50 import errors
 from rn50.command import run
 from rn50.files import expanded, file_of_run, write_result
 from rn50.planning import plots
+from rn50.words import counted
 
 # Where and how fast a run is, and not what it computes.
 NOT_COMPARED = ("logging.", "budget.", "data.dir", "data.workers", "data.timeout_minutes", "training.device")
@@ -57,7 +58,7 @@ def main(argv=None):
         print(f"wrote {args.json}")
     if args.out:
         draw(args, logs, names, [evaluation(config) for config in configs])
-        print(f"wrote {args.out} ({len(logs)} run{'s' if len(logs) > 1 else ''})")
+        print(f"wrote {args.out} ({counted(len(logs), 'run')})")
 
 
 def draw(args, logs, names, evaluations):
